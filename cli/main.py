@@ -1,0 +1,387 @@
+"""The command line: parse, call, print. Everything that is known about pictures and vectors lies below."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+
+import typer
+
+from cli import render
+from indexes.errors import DiptychError, StoreError, StoreNotFound
+
+if TYPE_CHECKING:
+    from retrieval.library import Library, Term
+
+USER_ERROR, WITH_FAILURES, INTERRUPTED = 1, 3, 130  # 0 is success, 2 is typer's for wrong usage
+
+app = typer.Typer(
+    name="diptych",
+    help="Make a folder of photos searchable by sentence, measure the retriever, train a better one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models_app = typer.Typer(help="List, import and export models.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+IndexOption = Annotated[
+    Optional[Path], typer.Option("--index", help="The index itself, where it does not lie in FOLDER/.diptych.")
+]
+ModelOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--model",
+        help="builtin, an imported name, a bundle's folder, NAME/PRETRAINED of open_clip, hf-hub:org/name or local-dir:/path.",
+    ),
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …; bundles run on the CPU.")]
+ThreadsOption = Annotated[Optional[int], typer.Option(min=1, help="Threads of the model; default: all this process may use.")]
+PreprocessOption = Annotated[
+    Optional[str],
+    typer.Option(help="Only for a bare checkpoint: the open_clip tag it was trained like, or a JSON file."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
+
+
+class Task(str, Enum):
+    """What `evaluate` measures."""
+
+    retrieval = "retrieval"
+    classification = "classification"
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"diptych {installed('diptych')}")
+        raise typer.Exit
+
+
+@app.command()
+def index(
+    folder: Annotated[Path, typer.Argument(help="The folder of photos.")] = Path(),
+    index: IndexOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    preprocess: PreprocessOption = None,
+    max_megapixels: Annotated[
+        Optional[float], typer.Option(min=0.01, help="Larger pictures count as failures.", show_default="178")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Embed a folder of photos, once; later runs take in only what was added, changed, renamed or deleted."""
+    from retrieval.images import MAX_PIXELS
+
+    max_pixels = MAX_PIXELS if max_megapixels is None else int(max_megapixels * 1e6)
+    library, created = _open_or_create(folder, index, model, device=device, threads=threads, preprocess=preprocess)
+    below = library.below(folder)
+    if below:
+        render.note(f"{folder} belongs to the index of {library.root}: taking in this part of it")
+    with render.progress("indexing", "images") as advance:
+        report = library.index(below, progress=advance, max_pixels=max_pixels, wait=_LOCK_SECONDS)
+    failures = [{"path": str(library.root / f.path), "reason": f.reason} for f in report.failures]
+    if json:
+        render.json_out({**asdict(report), "failures": failures})
+    else:
+        render.index_report(report, library, created)
+    if report.failures:
+        raise typer.Exit(WITH_FAILURES)
+
+
+_LOCK_SECONDS = 2.0
+
+
+@app.command()
+def search(
+    query: Annotated[
+        Optional[list[str]],
+        typer.Argument(metavar="QUERY...", help='What the picture shows; several are added up, "2:word" counts twice.'),
+    ] = None,
+    like: Annotated[Optional[list[Path]], typer.Option("--like", help="A picture to search with.")] = None,
+    avoid: Annotated[Optional[list[str]], typer.Option("--not", help="What the picture should not show.")] = None,
+    top: Annotated[int, typer.Option("--top", "-t", min=1, help="How many results.")] = 10,
+    threshold: Annotated[float, typer.Option(help="Only pictures with at least this score (a cosine).")] = -1.0,
+    folder: Annotated[Path, typer.Option("--folder", "-C", help="Search as if started in this folder.")] = Path(),
+    all_: Annotated[bool, typer.Option("--all", help="The whole index, not only this folder and those below it.")] = False,
+    filepath_only: Annotated[bool, typer.Option("--filepath-only", "-f", help="One path a line.")] = False,
+    no_indexing: Annotated[bool, typer.Option("--no-indexing", "-n", help="Do not look for new photos first.")] = False,
+    json: JsonOption = False,
+    html: Annotated[Optional[Path], typer.Option(help="Write a page with the pictures found.")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show the pictures found in the browser.")] = False,
+    index: IndexOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    preprocess: PreprocessOption = None,
+) -> None:
+    """Find photos by sentence, by example, or both. Scores are cosines."""
+    terms = _terms(query or [], like or [], avoid or [])
+    library = _open(folder, index, model, device=device, threads=threads, preprocess=preprocess)
+    if not no_indexing:
+        _catch_up(library)
+    below = "" if all_ else library.below(folder)
+    matches = library.search(terms, top, below=below, threshold=threshold)
+    if html or open_:
+        from retrieval.report import write_results_page
+
+        page = write_results_page([(render.describe(terms), matches)], html)
+        if open_:
+            typer.launch(page.absolute().as_uri())
+        else:
+            render.note(f"wrote {page}")
+    if json:
+        render.json_out([render.match_fields(match) for match in matches])
+    elif filepath_only:
+        render.paths(matches)
+    elif not html and not open_:
+        render.matches(matches)
+    if not matches and not json:
+        render.note("nothing found" + ("" if len(library.store) else f": {library.root} has no pictures in its index"))
+
+
+@app.command()
+def encode(
+    images: Annotated[Optional[list[Path]], typer.Argument(metavar="IMAGE...", help="Pictures to encode.")] = None,
+    text: Annotated[Optional[list[str]], typer.Option("--text", help="A sentence to encode.")] = None,
+    texts: Annotated[
+        Optional[typer.FileText], typer.Option("--texts", help="A file of sentences, one a line; - is standard input.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .npy file to write.")] = Path("vectors.npy"),
+    model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    preprocess: PreprocessOption = None,
+) -> None:
+    """Write the unit vectors of pictures or sentences to a .npy file: float32, one row each, in order."""
+    import numpy as np
+
+    from retrieval.encoders import BUILTIN, load_encoder
+    from retrieval.evaluation import encode_files
+
+    sentences = [*(text or []), *(line.rstrip("\n") for line in texts or [])]
+    if bool(images) == bool(sentences):
+        raise typer.BadParameter("give pictures or sentences: one kind at a time, at least one")
+    encoder = load_encoder(model or BUILTIN, device=device, threads=threads, preprocess=preprocess)
+    if images:
+        with render.progress("encoding", "images") as advance:
+            vectors = encode_files(encoder, images, advance)
+    else:
+        vectors = encoder.encode_texts(sentences)
+    with output.open("wb") as file:
+        np.save(file, vectors)
+    render.note(f"wrote {output}: {vectors.shape[0]} vectors of {vectors.shape[1]} numbers")
+
+
+@app.command()
+def evaluate(
+    pairs: Annotated[Path, typer.Argument(help="JSONL: {image, captions | label, split}, one object a line.")],
+    task: Annotated[Task, typer.Option(help="hit@k between pictures and captions, or zero-shot top-k of labels.")] = Task.retrieval,
+    split: Annotated[
+        Optional[str], typer.Option(help='Only this split; "all" for every row. Default: test where there is one.')
+    ] = None,
+    k: Annotated[Optional[list[int]], typer.Option("-k", min=1, help="A k of hit@k; may be repeated.", show_default="1 5 10")] = None,
+    prompt: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Sentence for a class, with {name} in it; several are averaged.", show_default="a photo of a {name}."),
+    ] = None,
+    json: JsonOption = False,
+    model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    preprocess: PreprocessOption = None,
+) -> None:
+    """Measure a model on pictures with known captions or labels."""
+    from retrieval import evaluation
+    from retrieval.encoders import BUILTIN, load_encoder
+    from retrieval.pairs import read_pairs
+
+    records = read_pairs(pairs, None if split == "all" else split)
+    if split is None and any(record.split == "test" for record in records):
+        records = [record for record in records if record.split == "test"]
+        render.note("evaluating the test split; --split all takes every row")
+    for text in prompt or []:
+        if "{name}" not in text:
+            raise typer.BadParameter(f"{text!r} has no {{name}} in it", param_hint="--prompt")
+    encoder = load_encoder(model or BUILTIN, device=device, threads=threads, preprocess=preprocess)
+    with render.progress("encoding", "images") as advance:
+        if task is Task.classification:
+            result = evaluation.classify(encoder, records, prompt or (evaluation.PROMPT,), advance)
+        else:
+            result = evaluation.evaluate(encoder, records, k or (1, 5, 10), advance)
+    if json:
+        render.json_out(asdict(result))
+    else:
+        render.evaluation(result)
+
+
+@app.command()
+def train(
+    pairs: Annotated[Optional[list[Path]], typer.Argument(metavar="PAIRS...", help="JSONL files of {image, captions, split}.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make: the run, and the trained model.")] = Path("run"),
+    model: Annotated[str, typer.Option(help="The bundle to train further.")] = "builtin",
+    config: Annotated[Optional[Path], typer.Option(help="A recipe (TOML) instead of PAIRS and the options below.")] = None,
+    data: Annotated[Optional[Path], typer.Option(help="The folder that a recipe's paths are relative to.")] = None,
+    epochs: Annotated[Optional[float], typer.Option(min=0.001, help="Passes over the data.")] = None,
+    learning_rate: Annotated[Optional[float], typer.Option("--lr", min=0.0, help="Peak learning rate.")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(min=2, help="Pairs a step.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Of every random number.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Train the projections of a bundle on your own pairs (contrastively, towers frozen); the result is a bundle."""
+    try:
+        from retrieval.training import loop
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "torch":
+            raise
+        from retrieval.errors import MissingExtra
+
+        raise MissingExtra("training", "'diptych[torch]'") from error
+    if bool(pairs) == bool(config):
+        raise typer.BadParameter("give PAIRS, or a recipe with --config")
+    changes = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+    settings = loop.load_config(config, data) if config else loop.config_for(pairs or [], model)
+    settings = loop.with_changes(settings, {key: value for key, value in changes.items() if value is not None})
+    with render.progress("training", "steps") as advance:
+        result = loop.train(settings, output, progress=advance, note=render.note)
+    if json:
+        render.json_out({"model": str(output), "metrics": result})
+    else:
+        render.metrics(result, f"trained into {output}")
+
+
+@app.command()
+def info(
+    folder: Annotated[Path, typer.Argument(help="A folder covered by an index.")] = Path(),
+    index: IndexOption = None,
+    check: Annotated[bool, typer.Option("--check", help="Recompute every checksum, of the index and of its model.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Show what an index holds and what it was made with."""
+    from retrieval.library import Library, describe
+
+    library = Library.open(folder, index=index)
+    facts = describe(library)
+    problems = library.check() if check else None
+    if json:
+        render.json_out({**facts, **({} if problems is None else {"problems": problems})})
+    else:
+        render.facts(facts)
+        if problems is not None:
+            render.problems(problems)
+    if problems:
+        raise typer.Exit(USER_ERROR)
+
+
+@models_app.command("list")
+def models_list(json: JsonOption = False) -> None:
+    """List the built-in and the imported models."""
+    from retrieval.bundle import Bundle
+    from retrieval.encoders import BUILTIN, find_bundle, list_imported
+
+    rows = []
+    for name in (BUILTIN, *list_imported()):
+        folder = find_bundle(name)
+        if folder is not None:
+            bundle = Bundle.load(folder)
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            rows.append({"name": name, "model": bundle.name, "dim": bundle.dim, "bytes": size, "path": str(folder), "licence": bundle.licence})
+    if json:
+        render.json_out(rows)
+    else:
+        render.models(rows)
+
+
+@models_app.command("import")
+def models_import(
+    source: Annotated[str, typer.Argument(help="A bundle's or training run's folder, or hf-hub:org/name of a repository with one.")],
+    name: Annotated[Optional[str], typer.Option(help="What to call it here; default: its own name.")] = None,
+) -> None:
+    """Copy a bundle into the data directory, so that --model NAME finds it from anywhere."""
+    from retrieval.encoders import import_bundle
+
+    imported, path = import_bundle(source, name)
+    render.note(f"imported {path}: use it with  --model {imported}")
+
+
+@models_app.command("export")
+def models_export(
+    model: Annotated[str, typer.Argument(help="Any model: builtin, NAME/PRETRAINED of open_clip, local-dir:/path, …")],
+    output: Annotated[Path, typer.Argument(help="The folder to make.")],
+    precision: Annotated[str, typer.Option(help="Of the stored weights: fp32 or fp16.")] = "fp32",
+    preprocess: PreprocessOption = None,
+) -> None:
+    """Write a model as a bundle: ONNX, tokenizer and preprocessing in one folder that needs no torch."""
+    from retrieval.encoders import export_bundle
+
+    bundle = export_bundle(model, output, precision, preprocess)
+    render.note(f"wrote {bundle.path}: use it with  --model {bundle.path}")
+
+
+def _terms(query: list[str], like: list[Path], avoid: list[str]) -> list[Term]:
+    from retrieval.errors import UsageError
+    from retrieval.library import Term
+
+    terms = [Term.parse(text) for text in query]
+    terms += [Term(image=path) for path in like]
+    if not terms:
+        raise UsageError('the query is empty: say what the picture shows, as in  diptych search "a dog in the snow"')
+    return terms + [Term.parse(text, sign=-1.0) for text in avoid]
+
+
+def _open(folder: Path, index: Path | None, model: str | None, **loading: Any) -> Library:
+    from retrieval.encoders import load_encoder
+    from retrieval.errors import UsageError
+    from retrieval.library import Library
+
+    if not folder.expanduser().is_dir():
+        raise UsageError(f"{folder} is not a folder" if folder.exists() else f"there is no folder {folder}")
+    encoder = load_encoder(model, **loading) if model else None
+    return Library.open(folder, index=index, encoder=encoder, **loading)
+
+
+def _open_or_create(folder: Path, index: Path | None, model: str | None, **loading: Any) -> tuple[Library, bool]:
+    from retrieval.encoders import BUILTIN
+    from retrieval.library import Library
+
+    try:
+        return _open(folder, index, model, **loading), False
+    except StoreNotFound:
+        return Library.create(folder, index=index, model=model or BUILTIN, **loading), True
+
+
+def _catch_up(library: Library) -> None:
+    """Take in what changed if that is quick; say so when it is not. Never a reason to answer nothing."""
+    try:
+        with render.progress("indexing", "images") as advance:
+            left = library.catch_up(advance)
+    except (StoreError, DiptychError) as error:
+        render.note(f"searching the index as it is: {error}")
+        return
+    if left:
+        render.note(f"{left:,} files have changed since the last run: take them in with  diptych index {library.root}")
+
+
+def run() -> NoReturn:
+    """Entry point: the exit codes, and the one plain line of every mistake."""
+    try:
+        app()
+    except DiptychError as error:
+        render.note(f"diptych: {error}")
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        code: object = INTERRUPTED
+    except SystemExit as leaving:
+        code = leaving.code
+    if code == INTERRUPTED:
+        render.note("interrupted; everything finished so far is kept")
+    sys.exit(code)  # type: ignore[arg-type]

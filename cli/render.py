@@ -1,0 +1,199 @@
+"""Results to the terminal, as TSV and as JSON; progress and remarks to standard error."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from retrieval.evaluation import Evaluation
+    from retrieval.library import IndexReport, Library, Match, Term
+
+_SHOWN_FAILURES = 20
+
+
+def note(text: str) -> None:
+    """One remark on standard error; bytes that are no text come out escaped."""
+    sys.stderr.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+
+
+def json_out(value: Any) -> None:
+    """One JSON document on standard output. File names that are not UTF-8 come out as lone surrogates, escaped."""
+
+    def plain(item: Any) -> Any:
+        return item.isoformat() if isinstance(item, date) else str(item)
+
+    sys.stdout.write(json.dumps(value, indent=2, default=plain) + "\n")
+
+
+def _raw_line(text: str) -> None:
+    """A line whose bytes are the file's own name, whatever the terminal's encoding is."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(os.fsencode(text) + b"\n")
+
+
+@contextmanager
+def progress(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and time left on standard error, once there is something to wait for; silent when piped."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None, visible=False, rate="")
+
+        def advance(done: int, total: int) -> None:
+            speed = bar.tasks[0].speed
+            bar.update(task, completed=done, total=total, visible=True, rate=f"{speed:.1f} {unit}/s" if speed else "")
+
+        yield advance
+
+
+def _print_table(table: Table) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("path", "name", "measure", "") else "right", overflow="fold")
+    return table
+
+
+def describe(terms: Sequence[Term]) -> str:
+    """A query in words, for the heading of a page."""
+    parts = []
+    for term in terms:
+        weight = "" if abs(term.weight) == 1 else f"{abs(term.weight):g}:"
+        parts.append(("not " if term.weight < 0 else "") + weight + (term.text or f"like {term.image}"))
+    return " + ".join(parts)
+
+
+def match_fields(match: Match) -> dict[str, Any]:
+    """A match as JSON: the absolute path first."""
+    return {
+        "path": str(match.file),
+        "score": round(match.score, 4),
+        "width": match.width,
+        "height": match.height,
+        "taken_at": match.taken_at,
+    }
+
+
+def paths(found: Sequence[Match]) -> None:
+    """One path a line, raw, for xargs and friends."""
+    for match in found:
+        _raw_line(str(match.file))
+
+
+def matches(found: Sequence[Match]) -> None:
+    """A table on a terminal; score, tab, path on a pipe (tabs, newlines and backslashes in names escaped)."""
+    if not sys.stdout.isatty():
+        for match in found:
+            name = str(match.file).replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+            _raw_line(f"{match.score:.4f}\t{name}")
+        return
+    from rich.text import Text
+
+    table = _table("score", "path", "size", "taken")
+    for match in found:
+        size = f"{match.width}×{match.height}" if match.width else ""
+        taken = f"{match.taken_at:%Y-%m-%d %H:%M}" if match.taken_at else ""
+        table.add_row(f"{match.score:.3f}", Text(_printable(_from_here(match.file))), size, taken)
+    if found:
+        _print_table(table)
+
+
+def _from_here(file: Path) -> str:
+    try:
+        return str(file.relative_to(Path.cwd()))
+    except ValueError:
+        return str(file)
+
+
+def _printable(name: str) -> str:
+    text = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def index_report(report: IndexReport, library: Library, created: bool) -> None:
+    """What an index run did, and what could not be read."""
+    counts = ("added", "changed", "renamed", "deleted")
+    done = [f"{getattr(report, name):,} {name}" for name in counts if getattr(report, name)]
+    line = ", ".join(done) or "nothing new"
+    where = f" (new index {library.store.path})" if created else ""
+    note(f"{line}; {len(library.store):,} pictures searchable{where}")
+    if report.failures:
+        note(f"{len(report.failures):,} could not be read; each is tried again when it changes:")
+        for failure in report.failures[:_SHOWN_FAILURES]:
+            note(f"  {_printable(failure.path)}: {failure.reason}")
+        if len(report.failures) > _SHOWN_FAILURES:
+            note(f"  … and {len(report.failures) - _SHOWN_FAILURES:,} more: diptych info --json lists them")
+
+
+def evaluation(result: Evaluation) -> None:
+    """A table of an evaluation's measures."""
+    what = "classes" if result.task == "classification" else "captions"
+    title = f"{result.model}: {result.images:,} pictures, {result.texts:,} {what} (checksum {result.checksum[:12]})"
+    metrics(result.metrics, title)
+    if result.note:
+        note(result.note)
+
+
+def metrics(values: Mapping[str, float], title: str) -> None:
+    """Measures as a table on a terminal, as TSV on a pipe. Shares are printed in percent on the terminal only."""
+    if not sys.stdout.isatty():
+        for name, value in values.items():
+            sys.stdout.write(f"{name}\t{value:.4f}\n")
+        return
+    table = _table("measure", "value", title=title)
+    for name, value in values.items():
+        table.add_row(name, f"{value:.4g}" if name.endswith("rank") else f"{100 * value:.1f} %")
+    _print_table(table)
+
+
+def facts(values: Mapping[str, Any]) -> None:
+    """Names and values, one a line."""
+    for name, value in values.items():
+        if name == "failures":
+            sys.stdout.write(f"failures\t{len(value)}\n")
+            for failure in value[:_SHOWN_FAILURES]:
+                sys.stdout.write(f"\t{_printable(failure['path'])}: {failure['reason']}\n")
+        else:
+            sys.stdout.write(f"{name}\t{_printable(str(value))}\n")
+
+
+def problems(found: Sequence[str]) -> None:
+    """What a check found."""
+    for problem in found:
+        note(f"damaged: {problem}")
+    if not found:
+        note("every checksum is right")
+
+
+def models(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The models at hand."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            sys.stdout.write(f"{row['name']}\t{row['model']}\t{row['dim']}\t{row['bytes']}\t{row['path']}\n")
+        return
+    table = _table("name", "path", "dim", "MB")
+    for row in rows:
+        table.add_row(row["name"], row["path"], str(row["dim"]), f"{row['bytes'] / 1e6:.0f}")
+    _print_table(table)

@@ -1,0 +1,183 @@
+"""The commit point of an index folder: one JSON file, replaced whole, and the way every file here is replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from indexes.errors import StoreCorrupt, StoreError, StoreNotFound
+
+MANIFEST = "manifest.json"
+SEGMENTS = "segments"
+FORMAT = 1
+_SEGMENT_NAME = re.compile(r"\d{8}\.parquet")
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """The model that made the vectors: the name a user types, the SHA-256 of what decides a vector, the width D."""
+
+    name: str
+    fingerprint: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class SegmentRef:
+    """One immutable file of rows below ``segments/``; ``rows`` counts deleted ones too, as long as they are in it."""
+
+    file: str
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class AnnRef:
+    """The FAISS index that was asked for: its factory string, and what the file beside the manifest covers.
+
+    It covers all rows of the first ``segments`` segments, deleted ones too: row i of it is the i-th of them. Zero
+    segments: the rows it was built from have been rewritten since, and the file does not count until it is built anew.
+    """
+
+    factory: str
+    segments: int = 0
+    rows: int = 0
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an index folder holds at one moment. Every commit writes the next ``generation``."""
+
+    model: ModelRef
+    root: str | None  # None: the folder that the index folder lies in, so that both can be moved
+    generation: int = 0
+    next_id: int = 0
+    segments: tuple[SegmentRef, ...] = ()  # in the order of their ids
+    tombstones: tuple[int, ...] = ()  # ids of deleted rows that are still in a segment
+    ann: AnnRef | None = None
+    failures: int = 0
+
+    @property
+    def stored(self) -> int:
+        """Rows in the segments, deleted ones too."""
+        return sum(segment.rows for segment in self.segments)
+
+    @property
+    def rows(self) -> int:
+        """Rows that count."""
+        return self.stored - len(self.tombstones)
+
+    def write(self, folder: Path) -> None:
+        """Make this the state of the folder, in one step. Raises OSError, and then the old state stays."""
+        counts = {"rows": self.rows, "failures": self.failures}  # for people who look; `rows` follows from the rest
+        fields = {"format": FORMAT, "counts": counts, **asdict(self)}
+        del fields["failures"]
+        with replacing(folder / MANIFEST) as file:
+            file.write(json.dumps(fields, indent=1).encode("ascii"))
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read the state of a folder.
+
+        Raises:
+            StoreNotFound: there is no index.
+            StoreCorrupt: the file is damaged.
+            StoreError: it cannot be read, or a newer release wrote it.
+
+        """
+        file = folder / MANIFEST
+        try:
+            text = file.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreNotFound(f"there is no index at {folder}: make one with  diptych index FOLDER") from None
+        except OSError as error:
+            raise StoreError(f"{file} cannot be read: {error.strerror}") from error
+        try:
+            fields = json.loads(text)
+            if isinstance(fields["format"], int) and fields["format"] > FORMAT:
+                raise StoreError(
+                    f"{file} has format {fields['format']}, and this release reads up to {FORMAT}: upgrade diptych"
+                )
+            return _parsed(fields)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise damaged(file, f"{type(error).__name__}: {error}") from error
+
+
+def _parsed(fields: dict[str, Any]) -> Manifest:
+    manifest = Manifest(
+        model=ModelRef(**fields["model"]),
+        root=fields["root"],
+        generation=fields["generation"],
+        next_id=fields["next_id"],
+        segments=tuple(SegmentRef(**segment) for segment in fields["segments"]),
+        tombstones=tuple(fields["tombstones"]),
+        ann=AnnRef(**fields["ann"]) if fields["ann"] else None,
+        failures=fields["counts"]["failures"],
+    )
+    numbers = [manifest.model.dim, manifest.generation, manifest.next_id, manifest.failures, *manifest.tombstones]
+    numbers += [segment.rows for segment in manifest.segments]
+    if not all(type(number) is int and number >= 0 for number in numbers) or fields["format"] != FORMAT:
+        raise ValueError("a number is not what it should be")
+    if not all(_SEGMENT_NAME.fullmatch(segment.file) for segment in manifest.segments):  # never a path out of here
+        raise ValueError("a segment has a wrong name")
+    if not isinstance(manifest.root, str | None) or manifest.rows < 0:
+        raise ValueError("its parts contradict each other")
+    if manifest.ann and manifest.ann.rows != sum(s.rows for s in manifest.segments[: manifest.ann.segments]):
+        raise ValueError("its parts contradict each other")
+    return manifest
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears under its name whole or not at all, and is on the disk when the block is left."""
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    if os.name != "nt":  # Windows cannot open folders, and keeps renames in its journal
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def remove_leftovers(folder: Path, manifest: Manifest) -> None:
+    """Delete what a killed writer left, and segments that no longer count. Only for the holder of the lock."""
+    kept = {segment.file for segment in manifest.segments}
+    old = [file for file in (folder / SEGMENTS).iterdir() if file.name not in kept]
+    own = [file for file in old if _SEGMENT_NAME.fullmatch(file.name.removesuffix(".tmp"))]
+    for file in (*own, *(folder / f"{name}.tmp" for name in (MANIFEST, "failures.parquet", "vectors.faiss"))):
+        with contextlib.suppress(OSError):  # Windows keeps what a reader has open; the next writer tries again
+            file.unlink(missing_ok=True)
+
+
+def sha256_of(file: Path) -> str:
+    """Hash a file's content."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def damaged(file: Path, reason: object) -> StoreCorrupt:
+    """Say which file of an index is damaged, why, and what helps."""
+    folder = file.parent.parent if file.parent.name == SEGMENTS else file.parent
+    what = " ".join(str(reason).split())[:200]
+    return StoreCorrupt(f"{file} is damaged ({what}): delete the folder {folder} and index again")

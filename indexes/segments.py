@@ -1,0 +1,302 @@
+"""Rows and their Parquet files: what a segment holds, how it is written, and how it is read without Python objects."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from indexes import runtime
+from indexes.manifest import SegmentRef, damaged, replacing, sha256_of
+from indexes.vectors import Vectors
+
+FAILURES = "failures.parquet"
+_GROUP = 2048  # rows read at a time when a few are wanted: 2 MB of embeddings at 512 dimensions
+_ESCAPE = "surrogatepass" if os.name == "nt" else "surrogateescape"  # as Python itself reads file names
+
+_NAME = [pa.field("path", pa.string(), nullable=False), pa.field("path_bytes", pa.binary())]
+_ROW = [
+    pa.field("id", pa.int64(), nullable=False),
+    pa.field("kind", pa.string(), nullable=False),
+    *_NAME,
+    pa.field("size", pa.int64(), nullable=False),
+    pa.field("mtime_ns", pa.int64(), nullable=False),
+    pa.field("hash", pa.string(), nullable=False),
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+    pa.field("taken_at", pa.timestamp("us")),
+    pa.field("latitude", pa.float64()),
+    pa.field("longitude", pa.float64()),
+    pa.field("caption", pa.string()),
+]
+ROW_SCHEMA = pa.schema(_ROW)
+_FAILURE_SCHEMA = pa.schema(
+    [
+        *_NAME,
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("when", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("mtime_ns", pa.int64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What is known of one picture or text.
+
+    Attributes:
+        path: its name relative to the root, with ``/``, as Python has it (surrogate escapes where it is not UTF-8).
+        kind: image or text.
+        size: bytes.
+        mtime_ns: when the file was changed last.
+        hash: of the file's content, in hexadecimal digits.
+        width: pixels, upright.
+        height: pixels, upright.
+        taken_at: by the camera's clock, without a time zone.
+        latitude: degrees north.
+        longitude: degrees east.
+        caption: a sentence about it.
+
+    """
+
+    path: str
+    kind: str = "image"
+    size: int
+    mtime_ns: int
+    hash: str
+    width: int | None = None
+    height: int | None = None
+    taken_at: datetime | None = None
+    latitude: float | None = None
+    longitude: float | None = None
+    caption: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A file that could not be read, why, and what it was like then: it is tried again when size or time change.
+
+    ``when`` carries a time zone; it comes back in UTC.
+    """
+
+    path: str
+    reason: str
+    when: datetime
+    size: int
+    mtime_ns: int
+
+
+def encode_rows(rows: dict[int, Row]) -> pa.Table:
+    """Turn rows by id into columns, without embeddings. Raises ValueError or TypeError for a value of a wrong type."""
+    return pa.Table.from_pylist(
+        [{**asdict(row), "id": i, **_name(row.path), "caption": _text(row.caption)} for i, row in rows.items()],
+        schema=ROW_SCHEMA,
+    )
+
+
+def decode_row(rows: pa.Table, position: int) -> Row:
+    """Turn one row of a table back into a Row."""
+    one = rows.slice(position, 1)
+    fields = one.drop_columns(["id", "path_bytes"]).to_pylist()[0]
+    return Row(**{**fields, "path": names(one)[0]})
+
+
+def names(table: pa.Table) -> list[str]:
+    """Restore the exact file names of a table's rows, as the operating system takes them."""
+    out: list[str] = table["path"].to_pylist()
+    raw = table["path_bytes"]
+    if raw.null_count < len(raw):
+        for i in np.flatnonzero(raw.is_valid().to_numpy()):
+            out[i] = raw[int(i)].as_py().decode("utf-8", _ESCAPE)
+    return out
+
+
+def write_failures(file: Path, failures: Iterable[Failure]) -> None:
+    """Replace the file of failures. Raises OSError."""
+    import pyarrow.parquet as pq
+
+    fields = [{**asdict(failure), **_name(failure.path), "reason": _text(failure.reason)} for failure in failures]
+    with replacing(file) as stream:
+        pq.write_table(pa.Table.from_pylist(fields, schema=_FAILURE_SCHEMA), stream)
+
+
+def read_failures(file: Path) -> list[Failure]:
+    """Read the file of failures; none where it is missing. Raises StoreCorrupt."""
+    import pyarrow.parquet as pq
+
+    with _reading(file):
+        try:
+            with pa.OSFile(os.fsencode(file)) as stream:
+                table = pq.read_table(stream, schema=_FAILURE_SCHEMA)
+        except FileNotFoundError:
+            return []
+        fields = table.drop_columns(["path_bytes"]).to_pylist()
+        return [Failure(**{**one, "path": name}) for one, name in zip(fields, names(table), strict=True)]
+
+
+def write_segment(file: Path, tables: Iterable[pa.Table], dim: int) -> SegmentRef:
+    """Write rows with their embeddings as one immutable file. Raises OSError, and then there is no file."""
+    import pyarrow.parquet as pq
+
+    schema = _segment_schema(dim)
+    rows = 0
+    columns = [field.name for field in _ROW]
+    with (
+        replacing(file) as stream,
+        pq.ParquetWriter(
+            stream,
+            schema,
+            # Embeddings are noise to a compressor, and uncompressed ones are read at the speed of memory.
+            compression={**dict.fromkeys(columns, "zstd"), "embedding.list.element": "none"},
+            use_dictionary=["kind"],
+            write_statistics=["id"],
+        ) as writer,
+    ):
+        for table in _regrouped(tables):
+            writer.write_table(table.cast(schema), row_group_size=_GROUP)
+            rows += len(table)
+    return SegmentRef(file.name, rows, sha256_of(file))
+
+
+def with_embeddings(rows: pa.Table, halves: NDArray[np.float16]) -> pa.Table:
+    """Add the column of embeddings (N, D) to columns of rows."""
+    field = _segment_schema(halves.shape[1]).field("embedding")
+    return rows.append_column(field, pa.FixedSizeListArray.from_arrays(pa.array(halves.ravel()), type=field.type))
+
+
+class Segment:
+    """One segment, held open: what was opened stays readable when a writer deletes the file.
+
+    Reading raises StoreCorrupt with the file's name when it is damaged.
+    """
+
+    def __init__(self, file: Path, rows: int, dim: int) -> None:
+        """Open the file. Raises OSError."""
+        self.file, self.rows, self._dim = file, rows, dim
+        self._stream = pa.OSFile(os.fsencode(file))  # bytes: Arrow takes no names with surrogate escapes
+
+    @functools.cached_property
+    def _metadata(self) -> Any:
+        import pyarrow.parquet as pq
+
+        with _reading(self.file):
+            opened = pq.ParquetFile(self._stream)
+            if opened.metadata.num_rows != self.rows:
+                raise ValueError(f"{opened.metadata.num_rows} rows instead of {self.rows}")
+            if not opened.schema_arrow.equals(_segment_schema(self._dim)):
+                raise ValueError("other columns than expected")
+            return opened.metadata
+
+    @functools.cached_property
+    def group_starts(self) -> NDArray[np.int64]:
+        """The row that each row group begins with, and at the end the number of rows."""
+        counts = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
+        return np.cumsum([0, *counts], dtype=np.int64)
+
+    def columns(self, *names: str) -> pa.Table:
+        """All rows of some columns."""
+        with _reading(self.file):
+            return self._open().read(list(names), use_threads=False)
+
+    def group(self, i: int) -> pa.Table:
+        """One row group, all columns."""
+        with _reading(self.file):
+            return self._open().read_row_group(i)
+
+    def halves(self, i: int) -> NDArray[np.float16]:
+        """Read the embeddings of one row group as stored: (n, D) float16."""
+        with _reading(self.file):
+            column = self._open().read_row_group(i, columns=["embedding"], use_threads=False)["embedding"]
+            parts = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, self._dim) for chunk in column.chunks]
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _open(self) -> Any:
+        import pyarrow.parquet as pq
+
+        return pq.ParquetFile(self._stream, metadata=self._metadata)  # cheap; one for each thread that reads
+
+
+def read_vectors(segments: Sequence[Segment], dim: int) -> Vectors:
+    """Read the embeddings of whole segments, one after the other, as unit rows. Raises StoreCorrupt."""
+    out = np.empty((sum(segment.rows for segment in segments), dim), dtype=np.float32)
+    starts = np.cumsum([0, *(segment.rows for segment in segments)])
+    tasks = [
+        (segment, i, start + int(segment.group_starts[i]))
+        for segment, start in zip(segments, starts, strict=False)
+        for i in range(len(segment.group_starts) - 1)
+    ]
+
+    def read(task: tuple[Segment, int, int]) -> None:
+        segment, i, start = task
+        halves = segment.halves(i)
+        out[start : start + len(halves)] = unit_rows(halves, segment.file)
+
+    if len(tasks) <= 2:
+        for task in tasks:
+            read(task)
+    else:
+        with ThreadPoolExecutor(runtime.thread_count()) as pool:
+            list(pool.map(read, tasks))
+    return out
+
+
+def unit_rows(halves: NDArray[np.float16], file: Path) -> Vectors:
+    """Widen stored embeddings to float32 and undo the rounding of their length. Raises StoreCorrupt naming the file."""
+    wide = halves.astype(np.float32)
+    lengths = np.sqrt(np.einsum("nd,nd->n", wide, wide))
+    if not (np.isfinite(lengths) & (lengths > 0)).all():
+        raise damaged(file, "a vector is zero or not a number")
+    wide /= lengths[:, None]
+    return wide
+
+
+def _segment_schema(dim: int) -> pa.Schema:
+    item = pa.field("element", pa.float16(), nullable=False)
+    return ROW_SCHEMA.append(pa.field("embedding", pa.list_(item, dim), nullable=False))
+
+
+def _regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Join small tables until they fill a row group."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(map(len, waiting)) >= _GROUP:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _name(path: str) -> dict[str, str | bytes | None]:
+    """Make the two columns of a name: one to read, and the exact bytes where those are not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raw = path.encode("utf-8", _ESCAPE)
+        return {"path": raw.decode("utf-8", "replace"), "path_bytes": raw}
+    return {"path": path, "path_bytes": None}
+
+
+def _text(text: str | None) -> str | None:
+    """Text that Parquet can hold: half a surrogate pair becomes a question mark."""
+    return None if text is None else text.encode("utf-8", "replace").decode()
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn what Arrow and the system say of a file into StoreCorrupt."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
+        raise damaged(file, error) from error

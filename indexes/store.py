@@ -1,0 +1,251 @@
+"""An index folder: rows, vectors and failures under one manifest, with no server.
+
+Any number of processes read it, each the state of one moment; one at a time writes. See docs/format.md for the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock, Timeout
+from numpy.typing import ArrayLike, NDArray
+
+from indexes.errors import ModelMismatch, StoreError, StoreLocked
+from indexes.manifest import MANIFEST, SEGMENTS, Manifest, ModelRef, remove_leftovers, sha256_of
+from indexes.segments import FAILURES, Failure, Row, decode_row, read_failures
+from indexes.snapshot import ANN_FILE, Snapshot
+from indexes.vectors import Hits, Vectors, as_vectors, check_search, check_width
+from indexes.writer import Writer, cannot_write
+
+__all__ = ["MANIFEST", "Failure", "ModelRef", "Row", "Store", "Writer"]
+
+_LOCK = "write.lock"
+_STALE_ROWS = 1000  # searched exactly beside the FAISS file in under a millisecond …
+_STALE_SHARE = 10  # … and up to one in so many, so that rebuilding stays a small part of a growing store's work
+
+
+class Store:
+    """One index folder, in the state of the moment it was opened or last refreshed. Get one from `open` or `create`.
+
+    Rows are counted by *position*, from 0 in the order of their ids: `rows`, `paths`, `vectors` and `search` speak of
+    the same positions until `refresh`, or a commit through this object, shows a newer state. Ids stay.
+    """
+
+    def __init__(self, path: Path, snapshot: Snapshot) -> None:
+        self.path = path
+        self.snapshot = snapshot
+
+    @classmethod
+    def create(cls, path: Path, root: Path | None, model: ModelRef) -> Store:
+        """Make an empty index.
+
+        Args:
+            path: the index folder; it and the folders above it are made where missing.
+            root: the folder that the rows' paths are relative to. None: the one that the index folder lies in, and then
+                both can be moved together.
+            model: what makes the vectors.
+
+        Raises:
+            StoreError: there is an index already, or the folder cannot be written.
+
+        """
+        path = path.absolute()
+        try:
+            (path / SEGMENTS).mkdir(parents=True, exist_ok=True)
+            with _locked(path, 0):
+                if (path / MANIFEST).exists():
+                    raise StoreError(f"there is an index at {path} already: open it, or delete that folder first")
+                Manifest(model, None if root is None else str(root.absolute())).write(path)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Store:
+        """Open an index for reading, and for writing through `write`. Writes nothing.
+
+        Raises:
+            StoreNotFound: there is none.
+            StoreCorrupt: its manifest is damaged, or a segment is missing.
+            StoreError: it cannot be read, or a newer release wrote it.
+
+        """
+        path = path.absolute()
+        return cls(path, Snapshot.open(path))
+
+    @property
+    def model(self) -> ModelRef:
+        """What made the vectors."""
+        return self.snapshot.manifest.model
+
+    @property
+    def root(self) -> Path:
+        """The folder that the rows' paths are relative to."""
+        root = self.snapshot.manifest.root
+        return self.path.parent if root is None else Path(root)
+
+    def check_model(self, fingerprint: str, name: str) -> None:
+        """Refuse a model whose vectors cannot be compared with the stored ones. Raises ModelMismatch."""
+        if fingerprint != self.model.fingerprint:
+            same = " in another version" if name == self.model.name else f", not with {name}"
+            raise ModelMismatch(
+                f"the index at {self.path} was made with {self.model.name}{same}: use --model {self.model.name} as it "
+                "was then, or make a second index with --index PATH"
+            )
+
+    def refresh(self) -> bool:
+        """Take over what others have committed; whether there was anything. Raises what `open` does."""
+        if Manifest.read(self.path) == self.snapshot.manifest:
+            return False
+        self.snapshot = Snapshot.open(self.path, self.snapshot)
+        return True
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.snapshot.manifest.rows
+
+    def rows(self) -> pa.Table:
+        """All columns but the embeddings, one row for each position. `path` is for reading: see `paths`."""
+        return self.snapshot.rows
+
+    def paths(self) -> list[str]:
+        """List the exact file name at each position, relative to the root."""
+        return self.snapshot.paths
+
+    def row(self, row_id: int) -> Row:
+        """Look up one row by its id. Raises KeyError."""
+        position = self.snapshot.position(row_id)
+        if position is None:
+            raise KeyError(f"no row has the id {row_id}")
+        return decode_row(self.snapshot.rows, position)
+
+    def vectors(self) -> Vectors:
+        """Read the vector at each position: (N, D) unit rows, widened from the stored float16."""
+        return self.snapshot.vectors
+
+    def failures(self) -> list[Failure]:
+        """Files that could not be read, as of the last commit on disk. Raises StoreCorrupt."""
+        return read_failures(self.path / FAILURES)
+
+    def search(self, queries: ArrayLike, k: int, allowed: NDArray[np.bool_] | None = None) -> Hits:
+        """Find the k positions of highest cosine for each query.
+
+        Exact, unless a FAISS file of an approximate kind was asked for (see `rebuild_index`); then that finds the
+        candidates among the rows it covers, the rest is searched exactly beside it, and all scores are computed from
+        the stored vectors. With or without it, a query gets min(k, allowed rows) hits.
+
+        Args:
+            queries: (Q, D), of any length but zero.
+            k: how many, at least 1.
+            allowed: (N,) which positions may be found; None is all of them.
+
+        Raises:
+            VectorError: the queries have another width, or are zero, NaN or infinite.
+            StoreCorrupt: a segment is damaged.
+
+        """
+        unit = as_vectors(queries)
+        check_width(unit, self.model.dim)
+        check_search(k, allowed, len(self))
+        return self.snapshot.search(unit, k, allowed)
+
+    def check(self) -> list[str]:
+        """Recompute every checksum; one line for each thing that is wrong, none if the index is sound."""
+        manifest, wrong = self.snapshot.manifest, []
+        files = [(self.path / SEGMENTS / segment.file, segment.sha256) for segment in manifest.segments]
+        if manifest.ann and manifest.ann.rows and (self.path / ANN_FILE).exists():  # it may be deleted at any time
+            files.append((self.path / ANN_FILE, manifest.ann.sha256))
+        for file, expected in files:
+            try:
+                if sha256_of(file) != expected:
+                    wrong.append(f"{file} is damaged: its content is not what was written")
+            except OSError as error:
+                wrong.append(f"{file} cannot be read: {error.strerror}")
+        try:
+            ids = self.snapshot.slot_ids
+            if (np.diff(ids) <= 0).any() or (ids >= manifest.next_id).any() or len(self.snapshot.live) != len(self):
+                wrong.append(f"{self.path / MANIFEST} does not fit the segments: delete {self.path} and index again")
+            if len(self.failures()) != manifest.failures:
+                wrong.append(f"{self.path / FAILURES} has another number of failures than {MANIFEST} says")
+        except StoreError as error:
+            wrong.append(str(error))
+        return wrong
+
+    # ---- writing ---------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def write(self, wait: float = 0.0) -> Iterator[Writer]:
+        """Take the lock and change the index; what is buffered is committed when the block is left, however it is left.
+
+        Args:
+            wait: seconds to wait for another writer.
+
+        Raises:
+            StoreLocked: another process, or another block of this one, is writing.
+            StoreError: the folder cannot be written.
+
+        """
+        with _locked(self.path, wait):
+            self.refresh()
+            try:
+                (self.path / SEGMENTS).mkdir(exist_ok=True)
+                remove_leftovers(self.path, self.snapshot.manifest)
+            except OSError as error:
+                raise cannot_write(self.path, error) from error
+            writer = Writer(self)
+            try:
+                yield writer
+            except BaseException:
+                if not writer.failed:  # a disk that is full stays so, and the first message says it best
+                    writer.commit()
+                raise
+            writer.commit()
+
+    def index_is_stale(self) -> bool:
+        """Whether so many rows lie outside the FAISS file, if one was ever asked for, that it should be rebuilt.
+
+        More than 1,000, and more than a tenth of those inside. Without the file, exact search reads the Parquet files
+        as fast as FAISS would read a flat index, so nothing is built unless somebody asks for another kind.
+        """
+        ann = self.snapshot.manifest.ann
+        if ann is None:
+            return False
+        usable = (self.path / ANN_FILE).exists()
+        inside = int(np.searchsorted(self.snapshot.live, ann.rows)) if usable else 0
+        return len(self) - inside > max(_STALE_ROWS, inside // _STALE_SHARE)
+
+    def rebuild_index(self, factory: str | None = None) -> None:
+        """Build the FAISS file over all rows, outside of any `write` block. Vectors are not encoded again.
+
+        Args:
+            factory: a FAISS factory string; None is the kind asked for last, or Flat.
+
+        Raises:
+            VectorError: FAISS does not know the kind, or needs more rows to train it; the index stays as it was.
+            StoreLocked, StoreError: as `write`.
+
+        """
+        with self.write() as writer:
+            ann = self.snapshot.manifest.ann
+            writer.rebuild_index(factory or (ann.factory if ann else "Flat"))
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: float) -> Iterator[None]:
+    """Hold the lock of an index folder. The system lets go of it when the process ends, however it ends."""
+    lock = FileLock(path / _LOCK)
+    try:
+        lock.acquire(timeout=wait)
+    except Timeout:
+        raise StoreLocked(f"another process is writing to the index at {path}: wait until it is done") from None
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()

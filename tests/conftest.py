@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The data folder beside the repository, or where DIPTYCH_DATA says."""
+    folder = Path(os.environ.get("DIPTYCH_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"needs the shared data: {folder} is missing, DIPTYCH_DATA can name another folder")
+    return folder
