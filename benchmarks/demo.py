@@ -1,7 +1,7 @@
 """The demo: a folder of photos becomes searchable, and a page shows what was found.
 
-    make demo                  about 20 photos that scikit-image and scikit-learn ship
-    make demo DIR=~/Pictures   your own; their index stays in that folder, so the next run is quick
+make demo                  about 20 photos that scikit-image and scikit-learn ship
+make demo DIR=~/Pictures   your own; their index stays in that folder, so the next run is quick
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ OUT = Path("demo-out")
 QUERIES = ("a cat", "a cup of coffee", "a rocket launching into the sky", "an astronaut in an orange suit")
 OWN_QUERIES = ("people smiling", "a dog", "the sea", "food on a table")
 _SHIPPED = {
-    "skimage/data": "astronaut.png brick.png camera.png cell.png chelsea.png clock_motion.png coffee.png coins.png grass.png "
-    "gravel.png hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png page.png retina.jpg rocket.jpg text.png",
+    "skimage/data": "astronaut.png brick.png camera.png cell.png chelsea.png clock_motion.png coffee.png "
+    "coins.png grass.png gravel.png hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png page.png "
+    "retina.jpg rocket.jpg text.png",
     "sklearn/datasets/images": "china.jpg flower.jpg",
 }
 

@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -30,19 +30,21 @@ models_app = typer.Typer(help="List, import and export models.", no_args_is_help
 app.add_typer(models_app, name="models")
 
 IndexOption = Annotated[
-    Optional[Path], typer.Option("--index", help="The index itself, where it does not lie in FOLDER/.diptych.")
+    Path | None, typer.Option("--index", help="The index itself, where it does not lie in FOLDER/.diptych.")
 ]
 ModelOption = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--model",
-        help="builtin, an imported name, a bundle's folder, NAME/PRETRAINED of open_clip, hf-hub:org/name or local-dir:/path.",
+        help="builtin, an imported name, a bundle's folder, or open_clip's NAME/PRETRAINED, hf-hub:…, local-dir:….",
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …; bundles run on the CPU.")]
-ThreadsOption = Annotated[Optional[int], typer.Option(min=1, help="Threads of the model; default: all this process may use.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads of the model; default: all this process may use.")
+]
 PreprocessOption = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(help="Only for a bare checkpoint: the open_clip tag it was trained like, or a JSON file."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
@@ -53,6 +55,13 @@ class Task(str, Enum):
 
     retrieval = "retrieval"
     classification = "classification"
+
+
+class Precision(str, Enum):
+    """Of stored weights."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
 
 
 @app.callback()
@@ -75,7 +84,7 @@ def index(
     threads: ThreadsOption = None,
     preprocess: PreprocessOption = None,
     max_megapixels: Annotated[
-        Optional[float], typer.Option(min=0.01, help="Larger pictures count as failures.", show_default="178")
+        float | None, typer.Option(min=0.01, help="Larger pictures count as failures.", show_default="128")
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -104,19 +113,21 @@ _LOCK_SECONDS = 2.0
 @app.command()
 def search(
     query: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Argument(metavar="QUERY...", help='What the picture shows; several are added up, "2:word" counts twice.'),
     ] = None,
-    like: Annotated[Optional[list[Path]], typer.Option("--like", help="A picture to search with.")] = None,
-    avoid: Annotated[Optional[list[str]], typer.Option("--not", help="What the picture should not show.")] = None,
+    like: Annotated[list[Path] | None, typer.Option("--like", help="A picture to search with.")] = None,
+    avoid: Annotated[list[str] | None, typer.Option("--not", help="What the picture should not show.")] = None,
     top: Annotated[int, typer.Option("--top", "-t", min=1, help="How many results.")] = 10,
     threshold: Annotated[float, typer.Option(help="Only pictures with at least this score (a cosine).")] = -1.0,
     folder: Annotated[Path, typer.Option("--folder", "-C", help="Search as if started in this folder.")] = Path(),
-    all_: Annotated[bool, typer.Option("--all", help="The whole index, not only this folder and those below it.")] = False,
+    all_: Annotated[
+        bool, typer.Option("--all", help="The whole index, not only this folder and those below it.")
+    ] = False,
     filepath_only: Annotated[bool, typer.Option("--filepath-only", "-f", help="One path a line.")] = False,
     no_indexing: Annotated[bool, typer.Option("--no-indexing", "-n", help="Do not look for new photos first.")] = False,
     json: JsonOption = False,
-    html: Annotated[Optional[Path], typer.Option(help="Write a page with the pictures found.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the pictures found.")] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show the pictures found in the browser.")] = False,
     index: IndexOption = None,
     model: ModelOption = None,
@@ -151,10 +162,10 @@ def search(
 
 @app.command()
 def encode(
-    images: Annotated[Optional[list[Path]], typer.Argument(metavar="IMAGE...", help="Pictures to encode.")] = None,
-    text: Annotated[Optional[list[str]], typer.Option("--text", help="A sentence to encode.")] = None,
+    images: Annotated[list[Path] | None, typer.Argument(metavar="IMAGE...", help="Pictures to encode.")] = None,
+    text: Annotated[list[str] | None, typer.Option("--text", help="A sentence to encode.")] = None,
     texts: Annotated[
-        Optional[typer.FileText], typer.Option("--texts", help="A file of sentences, one a line; - is standard input.")
+        typer.FileText | None, typer.Option("--texts", help="A file of sentences, one a line; - is standard input.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The .npy file to write.")] = Path("vectors.npy"),
     model: ModelOption = None,
@@ -185,14 +196,20 @@ def encode(
 @app.command()
 def evaluate(
     pairs: Annotated[Path, typer.Argument(help="JSONL: {image, captions | label, split}, one object a line.")],
-    task: Annotated[Task, typer.Option(help="hit@k between pictures and captions, or zero-shot top-k of labels.")] = Task.retrieval,
+    task: Annotated[
+        Task, typer.Option(help="hit@k between pictures and captions, or zero-shot top-k of labels.")
+    ] = Task.retrieval,
     split: Annotated[
-        Optional[str], typer.Option(help='Only this split; "all" for every row. Default: test where there is one.')
+        str | None, typer.Option(help='Only this split; "all" for every row. Default: test where there is one.')
     ] = None,
-    k: Annotated[Optional[list[int]], typer.Option("-k", min=1, help="A k of hit@k; may be repeated.", show_default="1 5 10")] = None,
+    k: Annotated[
+        list[int] | None, typer.Option("-k", min=1, help="A k of hit@k; may be repeated.", show_default="1 5 10")
+    ] = None,
     prompt: Annotated[
-        Optional[list[str]],
-        typer.Option(help="Sentence for a class, with {name} in it; several are averaged.", show_default="a photo of a {name}."),
+        list[str] | None,
+        typer.Option(
+            help="Sentence for a class, with {name} in it; several are averaged.", show_default="a photo of a {name}."
+        ),
     ] = None,
     json: JsonOption = False,
     model: ModelOption = None,
@@ -226,15 +243,19 @@ def evaluate(
 
 @app.command()
 def train(
-    pairs: Annotated[Optional[list[Path]], typer.Argument(metavar="PAIRS...", help="JSONL files of {image, captions, split}.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make: the run, and the trained model.")] = Path("run"),
+    pairs: Annotated[
+        list[Path] | None, typer.Argument(metavar="PAIRS...", help="JSONL files of {image, captions, split}.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to make: the run, and the trained model.")
+    ] = Path("run"),
     model: Annotated[str, typer.Option(help="The bundle to train further.")] = "builtin",
-    config: Annotated[Optional[Path], typer.Option(help="A recipe (TOML) instead of PAIRS and the options below.")] = None,
-    data: Annotated[Optional[Path], typer.Option(help="The folder that a recipe's paths are relative to.")] = None,
-    epochs: Annotated[Optional[float], typer.Option(min=0.001, help="Passes over the data.")] = None,
-    learning_rate: Annotated[Optional[float], typer.Option("--lr", min=0.0, help="Peak learning rate.")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(min=2, help="Pairs a step.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Of every random number.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A recipe (TOML) instead of PAIRS and the options below.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The folder that a recipe's paths are relative to.")] = None,
+    epochs: Annotated[float | None, typer.Option(min=0.001, help="Passes over the data.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=2, help="Pairs a step.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every random number.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Train the projections of a bundle on your own pairs (contrastively, towers frozen); the result is a bundle."""
@@ -263,7 +284,9 @@ def train(
 def info(
     folder: Annotated[Path, typer.Argument(help="A folder covered by an index.")] = Path(),
     index: IndexOption = None,
-    check: Annotated[bool, typer.Option("--check", help="Recompute every checksum, of the index and of its model.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Recompute every checksum, of the index and of its model.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Show what an index holds and what it was made with."""
@@ -294,7 +317,16 @@ def models_list(json: JsonOption = False) -> None:
         if folder is not None:
             bundle = Bundle.load(folder)
             size = sum(file.stat().st_size for file in folder.iterdir())
-            rows.append({"name": name, "model": bundle.name, "dim": bundle.dim, "bytes": size, "path": str(folder), "licence": bundle.licence})
+            rows.append(
+                {
+                    "name": name,
+                    "model": bundle.name,
+                    "dim": bundle.dim,
+                    "bytes": size,
+                    "path": str(folder),
+                    "licence": bundle.licence,
+                }
+            )
     if json:
         render.json_out(rows)
     else:
@@ -303,8 +335,10 @@ def models_list(json: JsonOption = False) -> None:
 
 @models_app.command("import")
 def models_import(
-    source: Annotated[str, typer.Argument(help="A bundle's or training run's folder, or hf-hub:org/name of a repository with one.")],
-    name: Annotated[Optional[str], typer.Option(help="What to call it here; default: its own name.")] = None,
+    source: Annotated[
+        str, typer.Argument(help="A bundle's or training run's folder, or hf-hub:org/name of a repository with one.")
+    ],
+    name: Annotated[str | None, typer.Option(help="What to call it here; default: its own name.")] = None,
 ) -> None:
     """Copy a bundle into the data directory, so that --model NAME finds it from anywhere."""
     from retrieval.encoders import import_bundle
@@ -317,13 +351,13 @@ def models_import(
 def models_export(
     model: Annotated[str, typer.Argument(help="Any model: builtin, NAME/PRETRAINED of open_clip, local-dir:/path, …")],
     output: Annotated[Path, typer.Argument(help="The folder to make.")],
-    precision: Annotated[str, typer.Option(help="Of the stored weights: fp32 or fp16.")] = "fp32",
+    precision: Annotated[Precision, typer.Option(help="Of the stored weights.")] = Precision.fp32,
     preprocess: PreprocessOption = None,
 ) -> None:
     """Write a model as a bundle: ONNX, tokenizer and preprocessing in one folder that needs no torch."""
     from retrieval.encoders import export_bundle
 
-    bundle = export_bundle(model, output, precision, preprocess)
+    bundle = export_bundle(model, output, precision.value, preprocess)
     render.note(f"wrote {bundle.path}: use it with  --model {bundle.path}")
 
 

@@ -40,16 +40,26 @@ def _raw_line(text: str) -> None:
     sys.stdout.buffer.write(os.fsencode(text) + b"\n")
 
 
+def _silent(_done: int, _total: int) -> None:
+    pass
+
+
 @contextmanager
 def progress(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A bar with rate and time left on standard error, once there is something to wait for; silent when piped."""
     if not sys.stderr.isatty():
-        yield lambda done, total: None
+        yield _silent
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None, visible=False, rate="")
 
@@ -72,7 +82,9 @@ def _table(*columns: str, title: str | None = None) -> Table:
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in columns:
-        table.add_column(column, justify="left" if column in ("path", "name", "measure", "") else "right", overflow="fold")
+        table.add_column(
+            column, justify="left" if column in ("path", "name", "measure", "") else "right", overflow="fold"
+        )
     return table
 
 

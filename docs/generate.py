@@ -1,18 +1,19 @@
-"""Write docs/cli.md from the commands' own help; with --check, fail when it is not what they say now."""
+"""Write docs/cli.md from the commands as they are declared; with --check, fail when it is not what they say now."""
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import typer
+
+from cli.main import app
 
 FILE = Path(__file__).parent / "cli.md"
-COMMANDS = ("", "index", "search", "encode", "evaluate", "train", "info", "models", "models list", "models import", "models export")
 HEAD = """# The command line
 
-Written by `make docs` from the commands' own help; do not edit.
+Written by `make docs` from the commands themselves; do not edit.
 
 Data goes to standard output, everything else to standard error. Exit codes: 0 fine, 1 a mistake that one line explains,
 2 wrong usage, 3 indexing finished but some files could not be read, 130 interrupted (what was finished is kept).
@@ -21,20 +22,40 @@ Data goes to standard output, everything else to standard error. Exit codes: 0 f
 
 def page() -> str:
     """The whole page."""
-    parts = [HEAD]
-    for command in COMMANDS:
-        arguments = [*command.split(), "--help"]
-        run = subprocess.run(
-            [sys.executable, "-c", "from cli.main import run; run()", *arguments],
-            env={**os.environ, "COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb", "TYPER_USE_RICH": "0"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        text = re.sub(r"[ \t]+$", "", run.stdout, flags=re.MULTILINE).strip()
-        text = text.replace("Usage: -c", "Usage: diptych").replace("Usage: diptych diptych", "Usage: diptych")
-        parts.append(f"## {' '.join(['diptych', *command.split()])}\n\n```text\n{text}\n```\n")
-    return "\n".join(parts)
+    return HEAD + "".join(
+        _section(name, command) for name, command in _commands("diptych", typer.main.get_command(app))
+    )
+
+
+def _commands(name: str, command: Any) -> list[tuple[str, Any]]:
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        return [(name, command)]
+    return [pair for key, sub in inner.items() for pair in _commands(f"{name} {key}", sub)]
+
+
+def _section(name: str, command: Any) -> str:
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    usage = " ".join([name, *(_metavar(p) for p in arguments), "[OPTIONS]"])
+    lines = [f"\n## {name}\n", command.help, "", f"    {usage}", "", "| | | default |", "|---|---|---|"]
+    for parameter in command.params:
+        if "--help" in parameter.opts:
+            continue
+        names = ", ".join(f"`{opt}`" for opt in parameter.opts if opt.startswith("-")) or f"`{_metavar(parameter)}`"
+        lines.append(f"| {names} | {parameter.help or ''} | {_default(parameter)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _metavar(parameter: Any) -> str:
+    name = parameter.metavar or parameter.name.upper()
+    return name if parameter.required or name.endswith("...") else f"[{name}]"
+
+
+def _default(parameter: Any) -> str:
+    shown = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default
+    if shown is None or shown is False or shown == [] or parameter.required:
+        return ""
+    return f"`{getattr(shown, 'value', shown)}`"
 
 
 if __name__ == "__main__":

@@ -47,10 +47,9 @@ class Snapshot:
                 return cls(folder, manifest, before)
             except FileNotFoundError as error:
                 if Manifest.read(folder) == manifest:  # else: merged and deleted by a writer just now
-                    missing = error.filename or str(error)
-                    raise StoreCorrupt(
-                        f"a file of the index is missing ({missing}): delete the folder {folder} and index again"
-                    ) from error
+                    files = [folder / SEGMENTS / segment.file for segment in manifest.segments]
+                    missing = next((file for file in files if not file.exists()), files[0])
+                    raise StoreCorrupt(f"{missing} is missing: delete the folder {folder} and index again") from error
             except OSError as error:
                 raise StoreError(f"the index at {folder} cannot be read: {error}") from error
 

@@ -170,8 +170,7 @@ class Store:
             ids = self.snapshot.slot_ids
             if (np.diff(ids) <= 0).any() or (ids >= manifest.next_id).any() or len(self.snapshot.live) != len(self):
                 wrong.append(f"{self.path / MANIFEST} does not fit the segments: delete {self.path} and index again")
-            if len(self.failures()) != manifest.failures:
-                wrong.append(f"{self.path / FAILURES} has another number of failures than {MANIFEST} says")
+            self.failures()  # their number may differ from the manifest's: a kill between the two files does no harm
         except StoreError as error:
             wrong.append(str(error))
         return wrong

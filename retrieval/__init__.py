@@ -1,0 +1,1 @@
+"""The shared space of pictures and sentences, and the Library that users hold."""

@@ -54,14 +54,14 @@ class Bundle:
         missing = [name for name in FILES if not (folder / name).is_file()]
         if missing:
             raise ModelError(f"{folder} is not a complete model: {', '.join(missing)} missing")
+        file = folder / MODEL_FILE
         try:
-            fields = json.loads((folder / MODEL_FILE).read_text("utf-8"))
+            fields = json.loads(file.read_text("utf-8"))
             if fields["format"] > FORMAT:
                 raise ModelError(
-                    f"{folder / MODEL_FILE} has format {fields['format']}, this version of diptych reads up to {FORMAT}: "
-                    "upgrade diptych"
+                    f"it has format {fields['format']}, this release reads up to {FORMAT}: upgrade diptych"
                 )
-            return cls(
+            bundle = cls(
                 path=folder,
                 name=str(fields["name"]),
                 dim=int(fields["dim"]),
@@ -69,13 +69,18 @@ class Bundle:
                 context_length=int(fields["context_length"]),
                 score_scale=float(fields["score_scale"]),
                 fingerprint=str(fields["fingerprint"]),
-                precision=fields.get("precision", {}),
-                licence=fields.get("licence", ""),
-                source=fields.get("source", {}),
-                training=fields.get("training", {}),
+                precision=dict(fields.get("precision", {})),
+                licence=str(fields.get("licence", "")),
+                source=dict(fields.get("source", {})),
+                training=dict(fields.get("training", {})),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{folder / MODEL_FILE} cannot be read as a model description: {error!r}") from error
+            if min(bundle.dim, bundle.context_length) < 1:
+                raise ValueError("a number is not what it should be")
+        except ModelError as error:
+            raise ModelError(f"{file}: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ModelError(f"{file} cannot be read as a model description: {error!r}") from error
+        return bundle
 
     def compute_fingerprint(self) -> str:
         """SHA-256, in hex, over the files and fields that decide a vector, as they are on disk now."""
@@ -108,15 +113,15 @@ class Bundle:
         """Copy the bundle's own files into a new folder, whole or not at all."""
         if folder.exists():
             raise ModelError(f"{folder} exists already: choose another name or remove it first")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            for name in FILES:
-                shutil.copyfile(self.path / name, staging / name)
-            staging.chmod(0o755)
-            staging.rename(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+                staging = Path(scratch) / folder.name
+                staging.mkdir()
+                for name in FILES:
+                    shutil.copyfile(self.path / name, staging / name)
+                staging.rename(folder)
         except OSError as error:
-            shutil.rmtree(staging, ignore_errors=True)
             raise ModelError(f"{folder} cannot be written: {error.strerror}") from error
         return replace(self, path=folder)
 

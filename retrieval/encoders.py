@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Literal, Protocol
 
 from PIL import Image
 
@@ -19,6 +19,7 @@ from retrieval.images import Preprocessing
 from retrieval.onnx_encoder import OnnxEncoder
 
 BUILTIN = "builtin"
+Precision = Literal["fp32", "fp16"]  # of stored weights
 _BUILTIN_FOLDER = Path(__file__).parent / "models" / BUILTIN
 _CHECKPOINT_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".npz"}
 
@@ -80,7 +81,7 @@ def find_bundle(spec: str) -> Path | None:
     if spec.startswith("hf-hub:"):
         return _fetch_bundle(spec.removeprefix("hf-hub:"))
     path = Path(spec.removeprefix("local-dir:")).expanduser()
-    if path.is_dir() or spec.startswith("local-dir:"):
+    if (spec and path.is_dir()) or spec.startswith("local-dir:"):
         if not path.is_dir():
             raise ModelError(f"{path} is not a folder")
         if is_bundle(path):
@@ -140,6 +141,17 @@ def import_bundle(source: str, name: str | None = None) -> tuple[str, Path]:
     if name == BUILTIN or not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise ModelError(f"{name!r} cannot be a model's name: letters, digits, dots, dashes; give another with --name")
     return name, bundle.copy_to(models_folder() / name).path
+
+
+def export_bundle(spec: str, folder: Path, precision: Precision = "fp32", preprocess: str | None = None) -> Bundle:
+    """Write any model as a bundle into a new folder; ``precision`` (fp32 or fp16) is for models that are none yet."""
+    found = find_bundle(spec)
+    if found is not None:
+        return Bundle.load(found).copy_to(folder)
+    encoder = _torch_encoder(spec).load(spec, preprocess=preprocess)
+    from retrieval.training.export import export_open_clip
+
+    return export_open_clip(encoder, folder, precision)
 
 
 def _fetch_bundle(repository: str) -> Path | None:

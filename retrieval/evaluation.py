@@ -79,7 +79,7 @@ def classify(
 
 
 def class_vectors(encoder: Encoder, names: Sequence[str], prompts: Sequence[str] = (PROMPT,)) -> Vectors:
-    """One unit row per class: the mean over its prompts (the prompt ensemble of CLIP, arXiv:2103.00020, section 3.1.4)."""
+    """One unit row per class: the mean over its prompts (CLIP's prompt ensemble, arXiv:2103.00020, section 3.1.4)."""
     texts = [prompt.format(name=name.replace("_", " ")) for name in names for prompt in prompts]
     vectors = encoder.encode_texts(texts).reshape(len(names), len(prompts), -1).mean(1)
     unit: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -88,7 +88,6 @@ def class_vectors(encoder: Encoder, names: Sequence[str], prompts: Sequence[str]
 
 def encode_files(encoder: Encoder, paths: Sequence[Path], progress: Progress | None = None) -> Vectors:
     """Picture files -> (N, D) unit rows, in order. Every file must be readable: DataError counts those that are not."""
-
 
     def prepare(path: Path) -> Image.Image | ImageError:
         try:

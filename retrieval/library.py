@@ -222,8 +222,8 @@ class Library:
             plan = self._plan(below)
             if plan.missing and not plan.unchanged and not plan.todo:
                 raise UsageError(
-                    f"{self.root / below} holds no picture any more, but its index knows {len(plan.missing)}: is a drive "
-                    f"not mounted? If they are really gone, delete {self.store.path}"
+                    f"{self.root / below} holds no picture any more, but its index knows {len(plan.missing)}: is a "
+                    f"drive not mounted? If they are really gone, delete {self.store.path}"
                 )
             report = _Run(self, writer, plan, max_pixels, progress).finish()
         if self.store.index_is_stale():
@@ -302,7 +302,9 @@ class Library:
         picked = self.store.rows().take(found)
         paths = self.store.paths()
         return [
-            Match(paths[row], float(score), self.root / paths[row], fields["width"], fields["height"], fields["taken_at"])
+            Match(
+                paths[row], float(score), self.root / paths[row], fields["width"], fields["height"], fields["taken_at"]
+            )
             for row, score, fields in zip(found, hits.scores[0], picked.to_pylist(), strict=False)
         ]
 
@@ -320,7 +322,8 @@ class Library:
         length = float(np.linalg.norm(total))
         if length < 1e-6:
             raise UsageError("the parts of the query cancel each other out: change a weight or leave one out")
-        return total / np.float32(length)
+        unit: Vectors = total / np.float32(length)
+        return unit
 
     def _rows_below(self, below: str) -> NDArray[np.bool_] | None:
         if not below:

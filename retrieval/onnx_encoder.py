@@ -75,7 +75,9 @@ class OnnxEncoder:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of its own gain nothing here and warn at fork
+        os.environ.setdefault(
+            "TOKENIZERS_PARALLELISM", "false"
+        )  # threads of its own gain nothing here and warn at fork
         from tokenizers import Tokenizer
 
         path = self.bundle.path / TOKENIZER_FILE

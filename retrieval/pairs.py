@@ -94,7 +94,9 @@ def _strings(fields: dict[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
 
 def checksum(records: Sequence[Record]) -> str:
     """SHA-256, in hex, over the sorted (picture name, caption or label) pairs: equal when two people hold the same."""
-    pairs = sorted((r.image.name, text) for r in records for text in (*r.texts, *(f"\0{label}" for label in r.labels), ""))
+    pairs = sorted(
+        (r.image.name, text) for r in records for text in (*r.texts, *(f"\0{label}" for label in r.labels), "")
+    )
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 

@@ -71,7 +71,9 @@ def _figure(match: Match) -> str:
     name = html.escape(match.path.encode("utf-8", "backslashreplace").decode("utf-8"))
     link = "file://" + quote(os.fsencode(match.file))
     picture = _thumbnail(match.file)
-    image = f'<img src="data:image/jpeg;base64,{picture}" alt="{name}">' if picture else f'<img alt="{name} (unreadable)">'
+    image = (
+        f'<img src="data:image/jpeg;base64,{picture}" alt="{name}">' if picture else f'<img alt="{name} (unreadable)">'
+    )
     return (
         f'<figure><a href="{link}" title="{name}">{image}</a>'
         f'<figcaption><span>{name}</span><span class="score">{match.score:.3f}</span></figcaption></figure>'

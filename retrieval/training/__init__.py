@@ -1,0 +1,1 @@
+"""Contrastive training, from pairs to a bundle. Needs torch."""

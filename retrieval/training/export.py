@@ -7,7 +7,6 @@ from the very numbers that search uses. Constant folding stays off for that reas
 from __future__ import annotations
 
 import copy
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from retrieval.bundle import IMAGE_FILE, TEXT_FILE, TOKENIZER_FILE, Bundle
+from retrieval.encoders import Precision
 from retrieval.errors import MissingExtra, ModelError
 from retrieval.images import Preprocessing
 from retrieval.onnx_encoder import OnnxEncoder
@@ -30,7 +30,6 @@ from retrieval.onnx_encoder import OnnxEncoder
 if TYPE_CHECKING:
     from retrieval.torch_encoder import TorchEncoder
 
-Precision = Literal["fp32", "fp16"]
 _SMALL = 2048  # tensors of fewer numbers (norms, biases) stay fp32: they weigh nothing and are the most sensitive
 _OPSET = 18
 _MOST_BYTES = 2_000_000_000  # of fp32 weights in a tower: the exporter cannot write a file of more than 2 GiB
@@ -208,39 +207,38 @@ def export_open_clip(encoder: TorchEncoder, folder: Path, precision: Precision =
     _check_size(model, encoder.name)
     any_length = _any_length_text(model)
     context_length = int(encoder.tokenizer.context_length)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        write_graphs(
-            staging,
-            image=bound_tower(model, "encode_image"),
-            text=bound_tower(model, any_length or "encode_text"),
-            tokenizer_json=to_json(encoder.tokenizer, context_length, any_length is not None),
-            preprocessing=encoder.preprocessing,
-            context_length=context_length,
-            any_length=any_length is not None,
-            precision=precision,
-        )
-        bundle = seal(
-            staging,
-            name=folder.name,
-            dim=encoder.dim,
-            preprocessing=encoder.preprocessing,
-            context_length=context_length,
-            score_scale=encoder.score_scale,
-            precision={"image": precision, "text": precision},
-            source={"library": "open_clip", "architecture": encoder.architecture},
-        )
-        _check_vectors(bundle, encoder, _TOLERANCE[precision])
-        staging.chmod(0o755)
-        staging.rename(folder)
-    except torch.onnx.errors.OnnxExporterError as error:
-        reason = str(error).splitlines()[0]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            staging = Path(scratch) / folder.name
+            staging.mkdir()
+            write_graphs(
+                staging,
+                image=bound_tower(model, "encode_image"),
+                text=bound_tower(model, any_length or "encode_text"),
+                tokenizer_json=to_json(encoder.tokenizer, context_length, any_length is not None),
+                preprocessing=encoder.preprocessing,
+                context_length=context_length,
+                any_length=any_length is not None,
+                precision=precision,
+            )
+            bundle = seal(
+                staging,
+                name=folder.name,
+                dim=encoder.dim,
+                preprocessing=encoder.preprocessing,
+                context_length=context_length,
+                score_scale=encoder.score_scale,
+                precision={"image": precision, "text": precision},
+                source={"library": "open_clip", "architecture": encoder.architecture},
+            )
+            _check_vectors(bundle, encoder, _TOLERANCE[precision])
+            staging.rename(folder)
+    except (RuntimeError, TypeError, ValueError) as error:  # the exporter, on what it cannot trace
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(f"{encoder.name} cannot be written as a bundle: {reason}") from error
     except OSError as error:
         raise ModelError(f"{folder} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return replace(bundle, path=folder)
 
 

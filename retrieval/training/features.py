@@ -33,8 +33,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diptych" / "features"
 
 
-def image_features(encoder: Encoder, records: Sequence[Record], view: str, progress: Progress | None = None) -> Features:
-    """(N, F) float16 unit rows of the records' pictures under a view: ``clean``, ``flip``, ``crop1``, ``crop2``, …
+def image_features(
+    encoder: Encoder, records: Sequence[Record], view: str, progress: Progress | None = None
+) -> Features:
+    """(N, F) float16 unit rows of the records' pictures under a view: ``clean``, ``flip``, or ``crop`` and a number.
 
     Crops are drawn from the picture's name and the view's number, so that a run can be repeated.
     """

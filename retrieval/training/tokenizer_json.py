@@ -79,7 +79,7 @@ def to_json(tokenizer: Any, context_length: int, any_length: bool) -> str:
         converted, side = _hugging_face(tokenizer), fast.truncation_side
         pad = {"pad_id": fast.pad_token_id, "pad_token": fast.pad_token, "direction": fast.padding_side}
     else:
-        raise ModelError(f"its tokenizer, {type(tokenizer).__name__}, cannot be written as tokenizer.json")
+        raise ModelError(f"the tokenizer {type(tokenizer).__name__} cannot be written as tokenizer.json")
     converted.enable_truncation(context_length, direction=side)
     converted.enable_padding(length=None if any_length else context_length, **pad)
     _check(converted, tokenizer, context_length, int(pad["pad_id"]))
@@ -160,6 +160,6 @@ def _check(converted: Tokenizer, tokenizer: Any, context_length: int, pad: int) 
         ids = converted.encode(sentence).ids
         if [*ids, *[pad] * (len(row) - len(ids))] != row:
             raise ModelError(
-                f"its tokenizer, {type(tokenizer).__name__}, cannot be written as tokenizer.json: "
+                f"the tokenizer {type(tokenizer).__name__} cannot be written as tokenizer.json: "
                 f"the ids of {sentence[:60]!r} would differ"
             )

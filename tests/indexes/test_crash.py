@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import pytest
 
 from indexes.errors import StoreError
 from indexes.manifest import Manifest
-from indexes.store import ModelRef, Row, Store
+from indexes.store import Failure, ModelRef, Row, Store
 from indexes.vectors import as_vectors
 
 DIM = 8
@@ -186,6 +187,29 @@ def test_a_full_disk_at_every_step(tmp_path, monkeypatch, code):
             assert_whole(one, 1)
             assert len(one) == 1
         assert not list(store.path.rglob("*.tmp"))
+
+
+def test_a_kill_between_failures_and_manifest_does_no_harm(tmp_path, monkeypatch):
+    store = Store.create(tmp_path / "index", tmp_path, MODEL)
+    failure = Failure("bad.jpg", "empty", datetime(2024, 1, 1, tzinfo=timezone.utc), 0, 1)
+
+    def killed(self, folder):
+        raise SystemExit
+
+    def write() -> None:
+        with store.write() as writer:
+            writer.fail(failure)
+            add(writer, 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "write", killed)
+        with pytest.raises(SystemExit):
+            write()
+    assert store.failures() == [failure]
+    assert (len(store), store.check()) == (0, [])
+    write()
+    assert (store.failures(), store.snapshot.manifest.failures) == ([failure], 1)
+    assert_whole(store, 1)
 
 
 def test_writing_goes_on_when_there_is_room_again(tmp_path, monkeypatch):

@@ -287,6 +287,25 @@ def test_covered_newer_and_deleted_rows_are_merged(store, kind):
         assert (hits.scores + 1).mean() >= 0.8 * (best.scores + 1).mean()
 
 
+def test_a_few_vectors_are_read_without_the_rest(store, monkeypatch):
+    monkeypatch.setattr("indexes.segments._GROUP", 7)
+    fill(store, 300)
+    store.rebuild_index("Flat")
+    fill(store, 20, seed=1)
+    with store.write() as writer:
+        for i in range(0, 300, 11):
+            writer.remove(i)
+    store = Store.open(store.path)
+    hits = store.search(unit(2, 5), 4)
+    assert "vectors" not in vars(store.snapshot)
+    halves = [store.snapshot.halves(i) for i in range(len(store))]
+    np.testing.assert_allclose(store.vectors(), widened(halves), atol=1e-7)
+    np.testing.assert_array_equal(halves, np.concatenate([
+        np.delete(unit(300), range(0, 300, 11), axis=0), unit(20, seed=1)
+    ]).astype(np.float16))  # fmt: skip
+    assert_same(hits, brute(store.vectors(), unit(2, 5), 4))
+
+
 def test_search_refuses_what_it_cannot_compare(store):
     fill(store, 3)
     with pytest.raises(VectorError, match="width 8"):

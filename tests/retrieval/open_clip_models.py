@@ -38,13 +38,23 @@ TINY: dict[str, dict[str, Any]] = {
         "embed_dim": 24,
         "vision_cfg": {**_VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
         "text_cfg": {**_TEXT, "context_length": 76, "embed_cls": True, "output_tokens": True},
-        "multimodal_cfg": {
-            "context_length": 76, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1, "latent_dim": 32,
-            "attn_pooler_heads": 2,
-        },
+        "multimodal_cfg": {"context_length": 76, "vocab_size": 49408, "width": 24, "heads": 2, "layers": 1},
         "custom_text": True,
     },
-}  # fmt: skip
+}
+
+CAPTIONS = [
+    "A black dog runs along the beach with a stick in its mouth.",
+    "Two children build a snowman in front of a red house.",
+    "the tabby cat sleeps on an old leather sofa",
+    "Three cyclists ride up a steep mountain road in the rain.",
+    "a cup of coffee, seen from above, on a wooden table",
+    "An astronaut in an orange suit smiles at the camera.",
+    "Smoke rises as the rocket lifts off at 7:32 a.m.",
+    "The old temple's roof is covered with golden tiles.",
+    "Yellow flowers in a vase",
+    "people waiting for the bus (no. 42) at night",
+]
 
 TEXTS = [
     "a cat",
@@ -69,7 +79,9 @@ def save_model(
     for name, buffer in model.named_buffers():  # as after training: no two batch norms alike
         if name.endswith("running_mean"):
             buffer.normal_(0, 0.05)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors"
+    )
     return folder
 
 
@@ -79,4 +91,6 @@ def photos() -> list[Image.Image]:
     from sklearn.datasets import load_sample_image
 
     arrays = [getattr(skimage.data, name)() for name in ("astronaut", "coffee", "chelsea", "rocket")]
-    return [Image.fromarray(array) for array in [*arrays, load_sample_image("china.jpg"), load_sample_image("flower.jpg")]]
+    return [
+        Image.fromarray(array) for array in [*arrays, load_sample_image("china.jpg"), load_sample_image("flower.jpg")]
+    ]

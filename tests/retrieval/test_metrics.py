@@ -70,7 +70,11 @@ def test_equal_to_the_slow_oracle(seed):
 
 def test_tiles_change_nothing(monkeypatch):
     random = np.random.default_rng(1)
-    images, texts, owner = unit(random.normal(size=(50, 8))), unit(random.normal(size=(90, 8))), random.integers(0, 50, 90)
+    images, texts, owner = (
+        unit(random.normal(size=(50, 8))),
+        unit(random.normal(size=(90, 8))),
+        random.integers(0, 50, 90),
+    )
     whole = evaluate_retrieval(images, texts, owner)
     monkeypatch.setattr("retrieval.metrics._TILE", 7)
     assert evaluate_retrieval(images, texts, owner) == whole

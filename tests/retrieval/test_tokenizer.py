@@ -24,7 +24,7 @@ AWKWARD = [
     "R&D at AT&T, Q&A",
     "ﬁne ﬂowers, oﬀice",
     "zero\x00width\ufeff\x1f and \x1b[31mred\x1b[0m text\x7f",
-    "no\u00a0break\u3000ideographic\u2028line\u2029paragraph\x85next\x0cpage",
+    "no\u00a0break\u3000ideographic\u2028line\u2029paragraph\x0cpage",
     "cafe\u0301 and café, ÅNGSTRÖM, Straße, İstanbul",
     "日本語のテキスト 한국어 עברית العربية ภาษาไทย हिन्दी",
     "🐶🐱👨‍👩‍👧‍👦 🇩🇪 ❤️ ☕",
@@ -57,7 +57,9 @@ def test_over_ten_thousand_captions_give_open_clips_ids(shared_data):
     assert different == []
 
 
-ODD = st.sampled_from([*"'’“”\"_-.,!?#@%$()/\\:;+=~^|*[]{}éÜßñçøÅſ日本😀👍🏽½²", "'s ", "n't ", "\u0301", "\u00a0", "\u200d", "\n"])
+ODD = st.sampled_from(
+    [*"'’“”\"_-.,!?#@%$()/\\:;+=~^|*[]{}éÜßñçøÅſ日本😀👍🏽½²", "'s ", "n't ", "\u0301", "\u00a0", "\u200d", "\n"]
+)
 WORDS = st.sampled_from(["dog", "Dogs", "photo", "SNOW", "of", "the", "xylophone", "qzjx", "7", "1234", " ", "  "])
 
 
@@ -93,7 +95,23 @@ def test_each_way_of_cleaning_is_taken_over(clean):
 
 def hugging_face(folder, clean="whitespace", strip_sep_token=False, pad="[PAD]", lowercase=True):
     """open_clip's wrapper over a small WordPiece tokenizer as BERT has it, loaded from disk."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "cat", "##s", "dog", "photo", "of", "the", "snow", "A", "Cat", "."]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "a",
+        "cat",
+        "##s",
+        "dog",
+        "photo",
+        "of",
+        "the",
+        "snow",
+        "A",
+        "Cat",
+        ".",
+    ]
     backend = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -109,7 +127,13 @@ def hugging_face(folder, clean="whitespace", strip_sep_token=False, pad="[PAD]",
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"strip_sep_token": True}, {"clean": "canonicalize"}, {"clean": "lower", "lowercase": False}, {"pad": "[UNK]"}],
+    [
+        {},
+        {"strip_sep_token": True},
+        {"clean": "canonicalize"},
+        {"clean": "lower", "lowercase": False},
+        {"pad": "[UNK]"},
+    ],
     ids=str,
 )
 def test_tokenizers_of_transformers_are_converted(tmp_path, options):
@@ -129,9 +153,9 @@ class Unheard:
 
 
 def test_a_tokenizer_that_does_not_convert_is_refused():
-    with pytest.raises(ModelError, match="Reversed.*the ids of 'a photo of a dog' would differ"):
+    with pytest.raises(ModelError, match=r"Reversed cannot.*the ids of 'a photo of a dog' would differ"):
         to_json(Reversed(), 77, any_length=False)
-    with pytest.raises(ModelError, match="Unheard, cannot be written as tokenizer.json"):
+    with pytest.raises(ModelError, match=r"Unheard cannot be written as tokenizer\.json"):
         to_json(Unheard(), 77, any_length=False)
 
 

@@ -1,0 +1,288 @@
+"""One folder kept searchable: what an index run takes in, against what lies in the folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from indexes.errors import ModelMismatch, StoreNotFound
+from retrieval.errors import ImageError, UsageError
+from retrieval.library import Library, Term, find_store
+from tests.fakes import COLOURS, ColourEncoder
+from tests.odd_photos import make_odd_folder
+
+
+def paint(path: Path, colour: str, size=(40, 30)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, tuple(255 * c for c in COLOURS[colour])).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "photos"
+    for colour in ("red", "green", "blue"):
+        paint(root / f"{colour}.png", colour)
+    paint(root / "holiday" / "yellow.png", "yellow")
+    return root
+
+
+@pytest.fixture
+def library(folder):
+    library = Library.create(folder, encoder=ColourEncoder())
+    library.index()
+    return library
+
+
+def counts(report):
+    return {k: getattr(report, k) for k in ("added", "changed", "renamed", "deleted", "embedded", "skipped")}
+
+
+def did(**changes):
+    return dict.fromkeys(("added", "changed", "renamed", "deleted", "embedded", "skipped"), 0) | changes
+
+
+def found(library, query, **options):
+    return [match.path for match in library.search(query, **options)]
+
+
+def test_first_run_and_second_run(folder):
+    library = Library.create(folder, encoder=ColourEncoder())
+    assert counts(library.index()) == did(added=4, embedded=4)
+    assert counts(library.index()) == did(skipped=4)
+    assert library.encoder.encoded == 4
+    assert library.pending() == 0
+
+
+def test_search_equals_brute_force(library, folder):
+    encoder = ColourEncoder()
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    vectors = encoder.encode_images([Image.open(folder / file) for file in files])
+    for query in ("red", "green", "red blue", "yellow"):
+        scores = vectors @ encoder.encode_texts([query])[0]
+        expected = [files[i] for i in np.argsort(-scores, kind="stable")]
+        matches = library.search(query, k=4)
+        assert matches[0].path == expected[0]
+        assert sorted(match.path for match in matches) == sorted(expected)
+        assert [match.score for match in matches] == pytest.approx(sorted(scores.tolist(), reverse=True), abs=2e-3)
+    best = library.search("yellow", k=1)[0]
+    assert (best.file, best.width, best.height) == (folder / "holiday" / "yellow.png", 40, 30)
+
+
+def test_more_asked_for_than_there_is(library):
+    assert len(library.search("red", k=1000)) == 4
+
+
+def test_threshold_and_below(library):
+    assert found(library, "red", below="holiday") == ["holiday/yellow.png"]
+    assert found(library, "red", threshold=0.9) == ["red.png"]
+    assert found(library, "red", threshold=0.9, below="holiday") == []
+
+
+def test_the_query_is_the_normalised_weighted_sum(library, folder):
+    encoder = ColourEncoder()
+    terms = [Term.parse("2:red"), Term(image=folder / "blue.png"), Term.parse("0.5:green", sign=-1)]
+    red, green = encoder.encode_texts(["red", "green"])
+    blue = encoder.encode_images([Image.open(folder / "blue.png")])[0]
+    total = 2 * red + blue - 0.5 * green
+    assert library.query_vector(terms) == pytest.approx(total / np.linalg.norm(total), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("typed", "text", "weight"),
+    [("2:a dog", "a dog", 2), (".5:x", "x", 0.5), ("1.5: x", "x", 1.5), ("at 10:30", "at 10:30", 1), ("a:b", "a:b", 1)],
+)
+def test_weights_as_rclip_writes_them(typed, text, weight):
+    assert Term.parse(typed) == Term(text=text, weight=weight)
+
+
+def test_queries_without_an_answer(library, tmp_path):
+    for empty in ("", "  ", "2: "):
+        with pytest.raises(UsageError, match="query is empty"):
+            library.search(empty)
+    with pytest.raises(UsageError, match="cancel each other out"):
+        library.search([Term("red"), Term("red", weight=-1)])
+    (tmp_path / "notes.jpg").write_text("no picture")
+    with pytest.raises(ImageError, match=r"notes\.jpg cannot be searched with: not an image"):
+        library.search([Term(image=tmp_path / "notes.jpg")])
+
+
+def test_changed_touched_renamed_deleted(library, folder):
+    paint(folder / "red.png", "white")  # another content
+    os.utime(folder / "green.png", ns=(1, 1))  # another time, the same content
+    (folder / "blue.png").rename(folder / "holiday" / "sea.png")
+    (folder / "holiday" / "yellow.png").unlink()
+    assert counts(library.index()) == did(changed=2, renamed=1, deleted=1, embedded=1)
+    assert found(library, "white", k=1) == ["red.png"]
+    assert found(library, "blue", k=1) == ["holiday/sea.png"]
+    assert sorted(library.store.paths()) == ["green.png", "holiday/sea.png", "red.png"]
+    assert counts(library.index()) == did(skipped=3)
+
+
+def test_renamed_over_another_and_copies_of_a_renamed_one(library, folder):
+    shutil.copyfile(folder / "blue.png", folder / "copy1.png")
+    shutil.copyfile(folder / "blue.png", folder / "copy2.png")
+    (folder / "blue.png").unlink()
+    (folder / "red.png").replace(folder / "green.png")
+    report = library.index()
+    # One copy takes the stored vector over; the other has to be looked at. red.png has taken green.png's place.
+    assert counts(report) == did(added=1, renamed=2, embedded=1, skipped=1)
+    assert found(library, "red", k=1) == ["green.png"]
+    assert sorted(found(library, "blue", k=2)) == ["copy1.png", "copy2.png"]
+    assert sorted(library.store.paths()) == ["copy1.png", "copy2.png", "green.png", "holiday/yellow.png"]
+
+
+def test_a_file_that_turns_bad_and_good_again(library, folder):
+    good = (folder / "red.png").read_bytes()
+    (folder / "red.png").write_bytes(good[:40])
+    report = library.index()
+    assert [(f.path, "truncated" in f.reason) for f in report.failures] == [("red.png", True)]
+    assert "red.png" not in library.store.paths()
+    assert library.index().failures == report.failures  # still there, not tried again
+    (folder / "red.png").write_bytes(good)
+    report = library.index()
+    assert (report.added, report.failures) == (1, ())
+    assert found(library, "red", k=1) == ["red.png"]
+
+
+def test_a_bad_file_that_is_deleted_is_forgotten(library, folder):
+    (folder / "bad.jpg").write_text("no picture")
+    assert len(library.index().failures) == 1
+    (folder / "bad.jpg").unlink()
+    assert library.index().failures == ()
+
+
+def test_only_part_of_the_folder(library, folder):
+    paint(folder / "white.png", "white")
+    paint(folder / "holiday" / "white.png", "white")
+    (folder / "red.png").unlink()
+    assert counts(library.index("holiday")) == did(added=1, embedded=1, skipped=1)
+    assert "red.png" in library.store.paths()
+    assert counts(library.index()) == did(added=1, deleted=1, embedded=1, skipped=4)
+
+
+def test_an_unmounted_drive_costs_nothing(folder, tmp_path):
+    library = Library.create(folder, index=tmp_path / "elsewhere", encoder=ColourEncoder())
+    library.index()
+    folder.rename(tmp_path / "away")
+    with pytest.raises(UsageError, match="is a drive not mounted"):
+        library.index()
+    folder.mkdir()
+    with pytest.raises(UsageError, match="holds no picture any more, but its index knows 4"):
+        library.index()
+    assert len(library.store) == 4
+    assert found(library, "red", k=1) == ["red.png"]
+
+
+def test_the_index_moves_with_the_photos(library, folder, tmp_path):
+    folder.rename(tmp_path / "moved")
+    moved = Library.open(tmp_path / "moved" / "holiday", encoder=ColourEncoder())
+    assert moved.root == tmp_path / "moved"
+    assert moved.below(tmp_path / "moved" / "holiday") == "holiday"
+    assert counts(moved.index()) == did(skipped=4)
+    assert moved.search("red", k=1)[0].file == tmp_path / "moved" / "red.png"
+
+
+def test_no_index_no_folder_another_model(library, folder, tmp_path):
+    with pytest.raises(StoreNotFound, match="make one with  diptych index"):
+        Library.open(tmp_path)
+    with pytest.raises(UsageError, match="there is no folder"):
+        Library.create(tmp_path / "nowhere", encoder=ColourEncoder())
+    other = ColourEncoder()
+    other.fingerprint, other.name = "colours-2", "other"
+    with pytest.raises(ModelMismatch):
+        Library.open(folder, encoder=other)
+
+
+def test_every_odd_photo(tmp_path):
+    odd = make_odd_folder(tmp_path / "odd")
+    library = Library.create(odd.path, encoder=ColourEncoder())
+    report = library.index()
+    assert sorted(library.store.paths()) == sorted(odd.good)
+    assert report.added == report.embedded == len(odd.good)
+    assert {failure.path for failure in report.failures} == set(odd.bad)
+    for failure in report.failures:
+        assert odd.bad[failure.path] in failure.reason, failure
+    again = library.index()
+    assert counts(again) == did(skipped=len(odd.good))
+    assert again.failures == report.failures
+    for path, expected in odd.good.items():
+        row = library.store.rows().slice(library.store.paths().index(path), 1).to_pylist()[0]
+        assert (row["width"], row["height"]) == expected.size
+
+
+def test_the_pixel_limit_can_be_raised(tmp_path):
+    paint(tmp_path / "large.png", "red", (200, 100))
+    library = Library.create(tmp_path, encoder=ColourEncoder())
+    assert "0.1 megapixels, the limit is 0.01" in library.index(max_pixels=10_000).failures[0].reason
+
+
+def test_a_vanishing_file_is_no_failure(folder, monkeypatch):
+    library = Library.create(folder, encoder=ColourEncoder())
+    read = Path.read_bytes
+
+    def vanish(path):
+        if path.name == "green.png":
+            path.unlink(missing_ok=True)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", vanish)
+    report = library.index()
+    assert (counts(report), report.failures) == (did(added=3, embedded=3), ())
+
+
+def test_an_interrupt_keeps_what_was_embedded(tmp_path):
+    class Interrupted(ColourEncoder):
+        def encode_images(self, images):
+            if self.encoded >= 32:
+                raise KeyboardInterrupt
+            return super().encode_images(images)
+
+    for i in range(60):
+        paint(tmp_path / f"{i:02}.png", "red", (8 + i, 8))
+    library = Library.create(tmp_path, encoder=Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        library.index()
+    kept = Library.open(tmp_path, encoder=ColourEncoder())
+    assert len(kept.store) == 32
+    assert counts(kept.index()) == did(added=28, embedded=28, skipped=32)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root, to become somebody who may not write")
+def test_a_read_only_folder_gets_its_index_elsewhere(folder, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    data.chmod(0o777)
+    for path in (tmp_path, tmp_path.parent, tmp_path.parents[1]):
+        path.chmod(0o755)
+    paint(tmp_path / "warm" / "red.png", "red")
+    code = (
+        "import os\nfrom pathlib import Path\n"
+        "from retrieval.library import Library\nfrom tests.fakes import ColourEncoder\n"
+        # Everything is imported before the user is changed: the new one may not even read the interpreter's files.
+        f"warm = Library.create(Path({str(tmp_path / 'warm')!r}), encoder=ColourEncoder())\n"
+        "warm.index(); warm.search('red')\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        f"library = Library.create(Path({str(folder)!r}), encoder=ColourEncoder()); report = library.index()\n"
+        f"again = Library.open(Path({str(folder)!r}) / 'holiday', encoder=ColourEncoder())\n"
+        "print(report.added, again.root, again.search('red', k=1)[0].path)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XDG_DATA_HOME": str(data), "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert run.stdout.split("\n")[0] == f"4 {folder} red.png", run.stderr
+    assert not (folder / ".diptych").exists()
+
+
+def test_the_nearest_index_above_is_found(library, folder):
+    assert find_store(folder / "holiday") == folder / ".diptych"
