@@ -62,7 +62,10 @@ class OnnxEncoder:
         return as_vectors(np.concatenate(batches))
 
     def _run(self, session: Any, batch: np.ndarray[Any, Any]) -> Vectors:
-        output: Vectors = session.run(None, {session.get_inputs()[0].name: batch})[0]
+        try:
+            output: Vectors = session.run(None, {session.get_inputs()[0].name: batch})[0]
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            raise ModelError(f"the model in {self.bundle.path} cannot be run: {str(error).splitlines()[0]}") from error
         return output
 
     @cached_property
