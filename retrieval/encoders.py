@@ -74,6 +74,13 @@ def load_encoder(
     return encoder
 
 
+def lasting_spec(spec: str) -> str:
+    """The spec as it can be written down: a folder's path made absolute, everything else as it is."""
+    prefix = "local-dir:" if spec.startswith("local-dir:") else ""
+    path = Path(spec.removeprefix(prefix)).expanduser()
+    return f"{prefix}{path.absolute()}" if prefix or (spec and path.is_dir()) else spec
+
+
 def find_bundle(spec: str) -> Path | None:
     """Find the bundle folder that a spec names: None when it names a model for torch, ModelError when nothing."""
     if spec == BUILTIN:

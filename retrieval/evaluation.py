@@ -80,7 +80,7 @@ def classify(
 
 def class_vectors(encoder: Encoder, names: Sequence[str], prompts: Sequence[str] = (PROMPT,)) -> Vectors:
     """One unit row per class: the mean over its prompts (CLIP's prompt ensemble, arXiv:2103.00020, section 3.1.4)."""
-    texts = [prompt.format(name=name.replace("_", " ")) for name in names for prompt in prompts]
+    texts = [prompt.replace("{name}", name.replace("_", " ")) for name in names for prompt in prompts]
     vectors = encoder.encode_texts(texts).reshape(len(names), len(prompts), -1).mean(1)
     unit: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return unit

@@ -21,7 +21,7 @@ from indexes.errors import StoreNotFound
 from indexes.store import MANIFEST, Failure, ModelRef, Row, Store, Writer
 from indexes.vectors import Vectors
 from retrieval.bundle import Bundle
-from retrieval.encoders import BUILTIN, Encoder, data_folder, find_bundle, load_encoder
+from retrieval.encoders import BUILTIN, Encoder, data_folder, find_bundle, lasting_spec, load_encoder
 from retrieval.errors import ImageError, UsageError
 from retrieval.folder import ScannedFile, scan
 from retrieval.images import MAX_PIXELS, Photo, os_reason, read_photo
@@ -155,10 +155,11 @@ class Library:
         folder = folder.expanduser().absolute()
         if not folder.is_dir():
             raise UsageError(f"{folder} is not a folder" if folder.exists() else f"there is no folder {folder}")
+        name = encoder.name if encoder else lasting_spec(model)
         encoder = encoder or load_encoder(model, **loading)  # type: ignore[arg-type]
         inside = index is None and os.access(folder, os.W_OK)
         place = folder / STORE_NAME if inside else (index or _outside_store(folder)).expanduser().absolute()
-        reference = ModelRef(model, encoder.fingerprint, encoder.dim)
+        reference = ModelRef(name, encoder.fingerprint, encoder.dim)
         return cls(Store.create(place, root=None if inside else folder, model=reference), encoder, **loading)
 
     @cached_property
@@ -216,11 +217,12 @@ class Library:
 
         Raises:
             StoreLocked: another process is writing.
-            UsageError: the folder is gone, or holds not one picture while the index holds some.
+            UsageError: the folder is gone; or it is empty, and the index, which lies elsewhere, knows pictures in it.
         """
         with self.store.write(wait=wait) as writer:
             plan = self._plan(below)
-            if plan.missing and not plan.unchanged and not plan.todo:
+            elsewhere = not self.store.path.is_relative_to(self.root)  # else the drive is there, for the index is
+            if elsewhere and plan.missing and not plan.unchanged and not plan.todo and not below:
                 raise UsageError(
                     f"{self.root / below} holds no picture any more, but its index knows {len(plan.missing)}: is a "
                     f"drive not mounted? If they are really gone, delete {self.store.path}"

@@ -78,9 +78,7 @@ class OnnxEncoder:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        os.environ.setdefault(
-            "TOKENIZERS_PARALLELISM", "false"
-        )  # threads of its own gain nothing here and warn at fork
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads gain nothing here and warn at a fork
         from tokenizers import Tokenizer
 
         path = self.bundle.path / TOKENIZER_FILE

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from retrieval.bundle import IMAGE_FILE, TEXT_FILE, TOKENIZER_FILE, Bundle
+from retrieval.bundle import IMAGE_FILE, MODEL_FILE, TEXT_FILE, TOKENIZER_FILE, Bundle
 from retrieval.encoders import Encoder, Precision, find_bundle
 from retrieval.errors import DataError, ModelError, UsageError
 from retrieval.evaluation import classify, evaluate
@@ -37,6 +37,7 @@ from retrieval.training.towers import (
     IMAGE_TOWERS,
     TEXT_TOWERS,
     DualEncoder,
+    ProjectedTower,
     minilm_folder,
     read_lite2_weights,
 )
@@ -264,10 +265,18 @@ def start_from_bundle(spec: str, config: TrainConfig | None = None) -> _Start:
     model.log_scale.data.fill_(math.log(bundle.score_scale))
     if config is not None:
         _regularise(model, config)
-    model.image.load_state_dict(read_weights(folder / IMAGE_FILE), strict=False)
-    model.text.load_state_dict(read_weights(folder / TEXT_FILE))
+    _load_tower(model.image, folder / IMAGE_FILE)
+    _load_tower(model.text, folder / TEXT_FILE)
     tokenizer_json = (folder / TOKENIZER_FILE).read_text("utf-8")
     return _Start(model, bundle.preprocessing, tokenizer_json, bundle.context_length, names[0], names[1], bundle.dim)
+
+
+def _load_tower(tower: ProjectedTower, file: Path) -> None:
+    counters = {k: v for k, v in tower.state_dict().items() if k.endswith("num_batches_tracked")}  # no graph has them
+    try:
+        tower.load_state_dict({**counters, **read_weights(file)})
+    except RuntimeError as error:
+        raise ModelError(f"{file} cannot be trained further: it is not the network that {MODEL_FILE} names") from error
 
 
 def _frozen_encoder(start: _Start, folder: Path) -> OnnxEncoder:

@@ -213,6 +213,15 @@ def test_models_list_import_and_use(indexed, tmp_path):
     assert "exists already" in complaint(diptych("models", "import", "builtin", "--name", "mine", data=tmp_path))
 
 
+def test_a_model_given_by_a_relative_path_is_found_again_from_elsewhere(photos, tmp_path):
+    from retrieval.encoders import find_bundle
+
+    shutil.copytree(find_bundle("builtin"), tmp_path / "bundle")
+    shutil.rmtree(photos / ".diptych")
+    assert diptych("index", "photos", "--model", "bundle", cwd=tmp_path).returncode == 0
+    assert Path(result(diptych("search", "a cat", "--json", cwd=photos))[0]["path"]).name == "chelsea.png"
+
+
 class TestMistakes:
     def test_folders(self, tmp_path):
         (tmp_path / "file").write_text("")

@@ -181,6 +181,18 @@ def test_an_unmounted_drive_costs_nothing(folder, tmp_path):
     assert found(library, "red", k=1) == ["red.png"]
 
 
+def test_an_emptied_folder_is_believed_when_the_index_lies_in_it(library, folder):
+    for path in folder.rglob("*.png"):
+        path.unlink()
+    assert counts(library.index("holiday")) == did(deleted=1)
+    assert counts(library.index()) == did(deleted=3)
+    assert library.search("red") == []
+
+
+def test_an_encoder_of_ones_own_is_remembered_by_its_name(library):
+    assert (library.store.model.name, library.store.model.fingerprint) == ("colours", "colours-1")
+
+
 def test_the_index_moves_with_the_photos(library, folder, tmp_path):
     folder.rename(tmp_path / "moved")
     moved = Library.open(tmp_path / "moved" / "holiday", encoder=ColourEncoder())
