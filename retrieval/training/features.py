@@ -19,7 +19,7 @@ from PIL import Image, ImageEnhance
 from indexes.vectors import Vectors
 from retrieval.encoders import Encoder
 from retrieval.errors import DataError, ImageError
-from retrieval.images import Preprocessing, read_photo
+from retrieval.images import Preprocessing, os_reason, read_photo
 from retrieval.pairs import Record
 from retrieval.pipeline import map_ahead
 
@@ -40,7 +40,7 @@ def image_features(
 
     Crops are drawn from the picture's name and the view's number, so that a run can be repeated.
     """
-    contents = [hashlib.sha256(record.image.read_bytes()).digest() for record in records]
+    contents = [_content(record.image) for record in records]
     names = [_name(record) for record in records]
     key = [view, *names] if view.startswith("crop") else [view]
 
@@ -69,6 +69,13 @@ def image_features(
         return rows
 
     return _cached(encoder, [*key, *contents], compute)
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return hashlib.sha256(file.read_bytes()).digest()
+    except OSError as error:
+        raise DataError(f"a picture of the training data cannot be read: {file}: {os_reason(error)}") from error
 
 
 def text_features(encoder: Encoder, texts: Sequence[str]) -> Features:
@@ -113,9 +120,10 @@ def _cached(encoder: Encoder, key: Sequence[str | bytes], compute: Callable[[], 
     file = cache_folder() / f"{digest.hexdigest()}.npy"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
+        computed = compute().astype(np.float16)
         partial = file.with_suffix(f".{os.getpid()}.tmp")
         with partial.open("wb") as stream:
-            np.save(stream, compute().astype(np.float16))
+            np.save(stream, computed)
         partial.replace(file)
     features: Features = np.load(file)
     return features

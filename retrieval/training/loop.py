@@ -6,15 +6,17 @@ cached, and only the two projections and the temperature learn. That is minutes 
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
+import os
 import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -42,6 +44,7 @@ from retrieval.training.towers import (
     read_lite2_weights,
 )
 
+Settings = TypeVar("Settings")
 Progress = Callable[[int, int], None]
 Note = Callable[[str], None]
 
@@ -106,6 +109,21 @@ class TrainConfig:
     scale: float = 20.0  # initial inverse temperature: CLIP's 14 and a bit, since the towers know much already
     seed: int = 0
     licence: str = ""
+    command: str = ""  # for the record in model.json: what was typed, DATA standing for the data folder
+
+    def __post_init__(self) -> None:
+        towers = {
+            "image_tower": tuple(IMAGE_TOWERS),
+            "text_tower": tuple(TEXT_TOWERS),
+            "precision": get_args(Precision),
+        }
+        for name, known in towers.items():
+            if getattr(self, name) not in known:
+                raise DataError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if not self.sources:
+            raise DataError("there is nothing to learn from: name pairs in at least one [[sources]]")
+        if not 0 < self.epochs < math.inf or self.batch_size < 2 or not 0 <= self.learning_rate < math.inf:
+            raise DataError("epochs must be more than 0, batch_size at least 2, and learning_rate a number from 0 on")
 
 
 def load_config(file: Path, data: Path | None = None) -> TrainConfig:
@@ -120,17 +138,41 @@ def load_config(file: Path, data: Path | None = None) -> TrainConfig:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"{file} is not TOML: {error}") from error
-    try:
-        settings["sources"] = tuple(Source(**item) for item in settings["sources"])
-        settings["tests"] = tuple(Test(**item) for item in settings.get("tests", []))
-        vocabulary = settings.get("vocabulary")
-        if vocabulary:
-            settings["vocabulary"] = Vocabulary(**{**vocabulary, "templates": tuple(vocabulary["templates"])})
-        settings["views"] = tuple(settings.get("views", ("clean",)))
-        config = TrainConfig(**settings)
-    except (TypeError, KeyError) as error:
-        raise DataError(f"{file}: {str(error).replace('__init__() got an', 'has an')}") from error
+    nested: dict[str, Any] = {
+        "command": f"diptych train --config {file.name} --data DATA",
+        "sources": tuple(_settings(file, Source, table) for table in _listed(settings.pop("sources", []))),
+        "tests": tuple(_settings(file, Test, table) for table in _listed(settings.pop("tests", []))),
+    }
+    if "vocabulary" in settings:
+        nested["vocabulary"] = _settings(file, Vocabulary, settings.pop("vocabulary"))
+    config = _settings(file, TrainConfig, settings, nested)
     return replace(config, data=str(data)) if data else config
+
+
+_KINDS = {"str": (str,), "str | None": (str,), "int": (int,), "float": (int, float), "tuple[str, ...]": (list,)}
+
+
+def _settings(file: Path, kind: type[Settings], table: Any, nested: Mapping[str, Any] | None = None) -> Settings:
+    """One table of a recipe; DataError names a setting that is unknown, missing or of a wrong type."""
+    known = {field.name: _KINDS.get(str(field.type), (str,)) for field in fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(table, dict):
+        raise DataError(f"{file}: expected a table with {', '.join(known)}, not {table!r}")
+    for name, value in table.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            raise DataError(f"{file}: unknown setting {name!r}; {hint}")
+        if type(value) not in known[name]:
+            raise DataError(f"{file}: {name} cannot be {value!r}")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
+    try:
+        return kind(**values, **(nested or {}))
+    except (TypeError, DataError) as error:
+        raise DataError(f"{file}: {str(error).partition('() ')[2] or error}") from error
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def config_for(pairs: Sequence[Path], model: str) -> TrainConfig:
@@ -138,6 +180,7 @@ def config_for(pairs: Sequence[Path], model: str) -> TrainConfig:
     return TrainConfig(
         sources=tuple(Source(str(path.absolute())) for path in pairs),
         model=model,
+        command=f"diptych train {' '.join(path.name for path in pairs)} --model {model}",
         learning_rate=3e-4,  # a third of that from scratch: the projections are good already
     )
 
@@ -167,8 +210,7 @@ def train(
         UsageError: the folder exists.
         ModelError: the bundle cannot be trained.
     """
-    if output.exists():
-        raise UsageError(f"{output} exists already: choose another --output")
+    _check_output(output)
     torch.manual_seed(config.seed)
     start = _start(config)
     with tempfile.TemporaryDirectory(prefix="diptych-train-") as scratch:
@@ -200,6 +242,15 @@ def train(
     (output / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", "utf-8")
     (output / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), "utf-8")
     return metrics
+
+
+def _check_output(output: Path) -> None:
+    """Refuse before the training, not after it."""
+    if output.exists():
+        raise UsageError(f"{output} exists already: choose another --output")
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"{output} cannot be made: {above} is not a folder that can be written to")
 
 
 @dataclass(frozen=True)
@@ -479,8 +530,9 @@ def _write_bundle(config: TrainConfig, start: _Start, data: _Data, output: Path)
         precision=config.precision,
     )
     record = {
+        "command": config.command,
         "data": data.record,
-        "settings": {k: v for k, v in asdict(config).items() if k not in ("data", "sources", "tests", "licence")},
+        "settings": {k: v for k, v in asdict(config).items() if k not in ("data", "sources", "tests", "licence", "command")},
         "software": {"python": platform.python_version(), "torch": torch.__version__},
     }
     return Bundle(

