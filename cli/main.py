@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from dataclasses import asdict
 from enum import Enum
@@ -64,15 +66,21 @@ class Precision(str, Enum):
     fp16 = "fp16"
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"diptych {version('diptych')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"diptych {installed('diptych')}")
-        raise typer.Exit
+    pass
 
 
 @app.command()
@@ -136,6 +144,8 @@ def search(
     preprocess: PreprocessOption = None,
 ) -> None:
     """Find photos by sentence, by example, or both. Scores are cosines."""
+    if math.isnan(threshold):
+        raise typer.BadParameter("it must be a number", param_hint="--threshold")
     terms = _terms(query or [], like or [], avoid or [])
     library = _open(folder, index, model, device=device, threads=threads, preprocess=preprocess)
     if not no_indexing:
@@ -179,7 +189,7 @@ def encode(
     from retrieval.encoders import BUILTIN, load_encoder
     from retrieval.evaluation import encode_files
 
-    sentences = [*(text or []), *(line.rstrip("\n") for line in texts or [])]
+    sentences = [*(text or []), *_lines(texts)]
     if bool(images) == bool(sentences):
         raise typer.BadParameter("give pictures or sentences: one kind at a time, at least one")
     encoder = load_encoder(model or BUILTIN, device=device, threads=threads, preprocess=preprocess)
@@ -361,6 +371,15 @@ def models_export(
     render.note(f"wrote {bundle.path}: use it with  --model {bundle.path}")
 
 
+def _lines(file: typer.FileText | None) -> list[str]:
+    from retrieval.errors import DataError
+
+    try:
+        return [line.rstrip("\n") for line in file or []]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{getattr(file, 'name', 'the file')} is not UTF-8 text: one sentence a line") from error
+
+
 def _terms(query: list[str], like: list[Path], avoid: list[str]) -> list[Term]:
     from retrieval.errors import UsageError
     from retrieval.library import Term
@@ -407,15 +426,29 @@ def _catch_up(library: Library) -> None:
 
 def run() -> NoReturn:
     """Entry point: the exit codes, and the one plain line of every mistake."""
+    # Closed by the caller (>&-): what is opened next would take its place and get what is printed.
+    sys.stdout, sys.stderr = (stream or Path(os.devnull).open("w") for stream in (sys.stdout, sys.stderr))
+    code: object = 0
     try:
         app()
     except DiptychError as error:
-        render.note(f"diptych: {error}")
-        sys.exit(USER_ERROR)
+        code = _complain(str(error))
+    except OSError as error:  # of the place it runs in: a full disk, a name too long, a folder that may not be entered
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        code = _complain(where + (error.strerror or str(error)))
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        code = _complain("a path begins with ~ and the name of a user who is not known here")
     except KeyboardInterrupt:
-        code: object = INTERRUPTED
+        code = INTERRUPTED
     except SystemExit as leaving:
         code = leaving.code
     if code == INTERRUPTED:
         render.note("interrupted; everything finished so far is kept")
     sys.exit(code)  # type: ignore[arg-type]
+
+
+def _complain(reason: str) -> int:
+    render.note(f"diptych: {reason}")
+    return USER_ERROR

@@ -21,8 +21,8 @@ _SHOWN_FAILURES = 20
 
 
 def note(text: str) -> None:
-    """One remark on standard error; bytes that are no text come out escaped."""
-    sys.stderr.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+    """One remark on standard error, in one line: what in a name is no text comes out escaped."""
+    sys.stderr.write(_printable(text) + "\n")
 
 
 def json_out(value: Any) -> None:

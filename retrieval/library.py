@@ -30,6 +30,7 @@ from retrieval.pipeline import map_ahead
 STORE_NAME = ".diptych"
 _MAX_FILE_BYTES = 2**30  # a larger file is no photo; it would be read into memory whole
 _BATCH = 16
+_MAX_WEIGHT = 1000  # beside it, nothing else in the query counts
 QUICK_SCAN = 50_000  # pictures; looking through a folder costs about 10 microseconds a file
 QUICK_FILES = 50  # embedding one costs tens of milliseconds
 Progress = Callable[[int, int], None]
@@ -50,6 +51,8 @@ class Term:
         weight, rest = (float(weighted[1]), weighted[2]) if weighted else (1.0, text)
         if not rest.strip():
             raise UsageError("the query is empty: say what the picture shows")
+        if weight > _MAX_WEIGHT:
+            raise UsageError(f"the weight of {rest.strip()!r} is too large: {_MAX_WEIGHT} is the most")
         return cls(text=rest.strip(), weight=sign * weight)
 
 

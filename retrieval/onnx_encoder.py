@@ -34,7 +34,7 @@ class OnnxEncoder:
         self.name, self.fingerprint, self.dim = bundle.name, bundle.fingerprint, bundle.dim
         self.preprocessing = bundle.preprocessing
         self.score_scale = bundle.score_scale
-        self._threads = threads or thread_count()
+        self._threads = min(threads or thread_count(), os.cpu_count() or 1)  # more never helps, thousands never start
 
     def encode_images(self, images: Sequence[Image.Image]) -> Vectors:
         """Pictures of any size and mode -> (N, D) unit rows."""
@@ -49,7 +49,9 @@ class OnnxEncoder:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths together: little padding
         batches = []
         for i in range(0, len(order), _TEXT_BATCH):
-            encodings = self._tokenizer.encode_batch([texts[j] for j in order[i : i + _TEXT_BATCH]])
+            # Half characters, as bytes that are no text become on the command line, are refused by the tokenizer.
+            batch = [texts[j].encode("utf-8", "replace").decode("utf-8") for j in order[i : i + _TEXT_BATCH]]
+            encodings = self._tokenizer.encode_batch(batch)
             batches.append(self._run(self._text_session, np.array([e.ids for e in encodings], np.int64)))
         rows = self._gather(batches)
         unsorted = np.empty_like(rows)

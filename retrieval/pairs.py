@@ -79,6 +79,7 @@ def _picture_folder(file: Path, image: str) -> Path:
 def _record(base: Path, fields: dict[str, Any]) -> Record:
     rest = dict(fields)
     image, split = rest.pop("image"), rest.pop("split", None)
+    split = None if split is None else str(split)
     return Record(base / image, _strings(rest, _TEXT_KEYS), _strings(rest, _LABEL_KEYS), split, rest)
 
 

@@ -115,7 +115,7 @@ def augment(image: Image.Image, view: str, name: str, preprocessing: Preprocessi
 def _cached(encoder: Encoder, key: Sequence[str | bytes], compute: Callable[[], Vectors]) -> Features:
     digest = hashlib.sha256(encoder.fingerprint.encode())
     for part in key:
-        data = part.encode() if isinstance(part, str) else part
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
         digest.update(len(data).to_bytes(8, "little") + data)
     file = cache_folder() / f"{digest.hexdigest()}.npy"
     if not file.exists():

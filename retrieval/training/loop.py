@@ -459,7 +459,8 @@ class _Run:
         self.model.train()
         for step, (source, rows) in enumerate(self.batches, 1):
             warm = min(1.0, step / max(1, min(self.config.warmup, self.total // 10)))
-            rate = self.config.learning_rate * warm * (1 + math.cos(math.pi * step / self.total)) / 2
+            done = step / max(self.total, 2)  # 0 at the end, and yet a run of a single step learns something
+            rate = self.config.learning_rate * warm * (1 + math.cos(math.pi * done)) / 2
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             pictures, texts, owner = self._batch(source, rows)
@@ -532,7 +533,9 @@ def _write_bundle(config: TrainConfig, start: _Start, data: _Data, output: Path)
     record = {
         "command": config.command,
         "data": data.record,
-        "settings": {k: v for k, v in asdict(config).items() if k not in ("data", "sources", "tests", "licence", "command")},
+        "settings": {
+            k: v for k, v in asdict(config).items() if k not in ("data", "sources", "tests", "licence", "command")
+        },
         "software": {"python": platform.python_version(), "torch": torch.__version__},
     }
     return Bundle(

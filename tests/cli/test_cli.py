@@ -276,6 +276,12 @@ class TestMistakes:
         assert diptych("serach").returncode == 2
 
 
+def test_version():
+    from importlib.metadata import version
+
+    assert diptych("--version").stdout == f"diptych {version('diptych')}\n"
+
+
 def test_more_than_there_is_is_no_mistake(indexed):
     assert len(result(diptych("search", "a cat", "--json", "-t", "100000", cwd=indexed))) == 20
 
