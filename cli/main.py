@@ -266,10 +266,12 @@ def train(
     learning_rate: Annotated[float | None, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Pairs a step.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of every random number.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
     json: JsonOption = False,
 ) -> None:
     """Train the projections of a bundle on your own pairs (contrastively, towers frozen); the result is a bundle."""
     try:
+        from retrieval.training import config as recipes
         from retrieval.training import loop
     except ImportError as error:
         if (error.name or "").split(".")[0] != "torch":
@@ -279,9 +281,15 @@ def train(
         raise MissingExtra("training", "'diptych[torch]'") from error
     if bool(pairs) == bool(config):
         raise typer.BadParameter("give PAIRS, or a recipe with --config")
-    changes = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
-    settings = loop.load_config(config, data) if config else loop.config_for(pairs or [], model)
-    settings = loop.with_changes(settings, {key: value for key, value in changes.items() if value is not None})
+    changes = {
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "seed": seed,
+        "device": device,
+    }
+    settings = recipes.load_config(config, data) if config else recipes.config_for(pairs or [], model)
+    settings = recipes.with_changes(settings, {key: value for key, value in changes.items() if value is not None})
     with render.progress("training", "steps") as advance:
         result = loop.train(settings, output, progress=advance, note=render.note)
     if json:
@@ -427,7 +435,7 @@ def _catch_up(library: Library) -> None:
 def run() -> NoReturn:
     """Entry point: the exit codes, and the one plain line of every mistake."""
     # Closed by the caller (>&-): what is opened next would take its place and get what is printed.
-    sys.stdout, sys.stderr = (stream or Path(os.devnull).open("w") for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = (stream or Path(os.devnull).open("w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     code: object = 0
     try:
         app()

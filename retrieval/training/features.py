@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
+from torch import Tensor
 
 from indexes.vectors import Vectors
 from retrieval.encoders import Encoder
@@ -26,6 +28,32 @@ from retrieval.pipeline import map_ahead
 Progress = Callable[[int, int], None]
 Features = NDArray[np.float16]
 _BATCH = 32
+
+
+class FrozenTowers:
+    """Towers that are not trained: what is kept of a picture or a sentence is its features."""
+
+    def __init__(self, encoder: Encoder, views: Sequence[str], device: str) -> None:
+        self.encoder, self.views, self.device = encoder, views, device
+
+    def pictures(self, records: Sequence[Record], progress: Progress | None = None) -> list[Tensor]:
+        """(N, F) features of the records' pictures, under each view."""
+        return [self._tensor(image_features(self.encoder, records, view, progress)) for view in self.views]
+
+    def sentences(self, texts: Sequence[str]) -> Tensor:
+        """(M, G) features."""
+        return self._tensor(text_features(self.encoder, texts))
+
+    def image_features(self, pictures: Tensor) -> Tensor:
+        """The same rows: they are features already."""
+        return pictures
+
+    def text_features(self, sentences: Tensor) -> Tensor:
+        """The same rows: they are features already."""
+        return sentences
+
+    def _tensor(self, features: Features) -> Tensor:
+        return torch.from_numpy(features).float().to(self.device)
 
 
 def cache_folder() -> Path:

@@ -1,22 +1,21 @@
 """Contrastive training: from pairs to a bundle.
 
-In this first form the towers stay frozen (LiT on both sides, Zhai et al. 2022, arXiv:2111.07991): their features are
-cached, and only the two projections and the temperature learn. That is minutes on two cores.
+With frozen towers (LiT on both sides, Zhai et al. 2022, arXiv:2111.07991) their features are cached, and only the two
+projections and the temperature learn: minutes on two cores. End to end, the towers learn too: minutes on a GPU, from
+where the frozen run ended.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
 import platform
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,16 +24,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from retrieval.bundle import IMAGE_FILE, MODEL_FILE, TEXT_FILE, TOKENIZER_FILE, Bundle
-from retrieval.encoders import Encoder, Precision, find_bundle
+from retrieval.encoders import find_bundle
 from retrieval.errors import DataError, ModelError, UsageError
 from retrieval.evaluation import classify, evaluate
 from retrieval.images import Preprocessing
 from retrieval.metrics import evaluate_retrieval
 from retrieval.onnx_encoder import OnnxEncoder
 from retrieval.pairs import Record, checksum, read_pairs
+from retrieval.training.config import TrainConfig, Vocabulary
 from retrieval.training.export import read_weights, write_graphs
-from retrieval.training.features import image_features, text_features
+from retrieval.training.features import FrozenTowers
 from retrieval.training.losses import info_nce
+from retrieval.training.pictures import TrainedTowers
 from retrieval.training.towers import (
     IMAGE_TOWERS,
     TEXT_TOWERS,
@@ -44,150 +45,8 @@ from retrieval.training.towers import (
     read_lite2_weights,
 )
 
-Settings = TypeVar("Settings")
 Progress = Callable[[int, int], None]
 Note = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Pairs to learn from. Every batch comes from one source, which keeps its pictures each other's negatives."""
-
-    pairs: str  # a JSONL file, relative to the data folder
-    split: str | None = None
-    repeat: int = 1  # passes over it in one epoch
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Words beyond the captions: labelled pictures, and an ImageNet classifier's rows as pictures of their classes.
-
-    Some of both join every batch with their class's name in one of the templates.
-    """
-
-    pairs: str  # a JSONL file of labels, relative to the data folder; in ImageNet's class order for class rows
-    templates: tuple[str, ...] = ("a photo of a {name}.",)
-    pictures: int = 512  # a batch
-    class_rows: int = 512  # a batch
-    mixtures: int = 0  # a batch: 60 to 100 % of one class row, the rest another; named by the first
-
-
-@dataclass(frozen=True)
-class Test:
-    """Data to measure the result on, once, at the end."""
-
-    pairs: str
-    split: str | None = None
-    task: str = "retrieval"
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What to train, on what, and how; the reason stands beside each default."""
-
-    sources: tuple[Source, ...]
-    data: str = ""  # folder that the paths are relative to
-    name: str = "diptych-run"
-    model: str = ""  # bundle to train further; empty: begin from the towers' own packages
-    image_tower: str = "efficientnet-lite2"
-    text_tower: str = "minilm-l6"
-    image_size: int = 260  # what Lite2 was trained at
-    context_length: int = 64  # tokens; captions have 13 on average, 5 % have more than 20
-    dim: int = 512  # a store of 100,000 photos is 100 MB
-    precision: Precision = "fp16"  # of the stored weights; hit@k is that of fp32 to the last digit shown
-    views: tuple[str, ...] = ("clean",)  # of each picture, one drawn at every visit
-    vocabulary: Vocabulary | None = None
-    tests: tuple[Test, ...] = ()
-    epochs: float = 40  # of so few parameters that each is seconds
-    batch_size: int = 2048  # more negatives, and fewer steps for the projections to learn single photos by heart in
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    warmup: int = 100  # steps; AdamW's second moments are noise before
-    dropout: float = 0.5  # the projections see the same frozen features again and again
-    image_noise: float = 0.8  # standard deviations of each feature, for the same reason: worth 3 points hit@10
-    text_noise: float = 0.3  # less: five captions a photo are noise of their own
-    scale: float = 20.0  # initial inverse temperature: CLIP's 14 and a bit, since the towers know much already
-    seed: int = 0
-    licence: str = ""
-    command: str = ""  # for the record in model.json: what was typed, DATA standing for the data folder
-
-    def __post_init__(self) -> None:
-        towers = {
-            "image_tower": tuple(IMAGE_TOWERS),
-            "text_tower": tuple(TEXT_TOWERS),
-            "precision": get_args(Precision),
-        }
-        for name, known in towers.items():
-            if getattr(self, name) not in known:
-                raise DataError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        if not self.sources:
-            raise DataError("there is nothing to learn from: name pairs in at least one [[sources]]")
-        if not 0 < self.epochs < math.inf or self.batch_size < 2 or not 0 <= self.learning_rate < math.inf:
-            raise DataError("epochs must be more than 0, batch_size at least 2, and learning_rate a number from 0 on")
-
-
-def load_config(file: Path, data: Path | None = None) -> TrainConfig:
-    """Read a recipe. DataError names an unknown or a missing setting."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        settings = tomllib.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{file} is not TOML: {error}") from error
-    nested: dict[str, Any] = {
-        "command": f"diptych train --config {file.name} --data DATA",
-        "sources": tuple(_settings(file, Source, table) for table in _listed(settings.pop("sources", []))),
-        "tests": tuple(_settings(file, Test, table) for table in _listed(settings.pop("tests", []))),
-    }
-    if "vocabulary" in settings:
-        nested["vocabulary"] = _settings(file, Vocabulary, settings.pop("vocabulary"))
-    config = _settings(file, TrainConfig, settings, nested)
-    return replace(config, data=str(data)) if data else config
-
-
-_KINDS = {"str": (str,), "str | None": (str,), "int": (int,), "float": (int, float), "tuple[str, ...]": (list,)}
-
-
-def _settings(file: Path, kind: type[Settings], table: Any, nested: Mapping[str, Any] | None = None) -> Settings:
-    """One table of a recipe; DataError names a setting that is unknown, missing or of a wrong type."""
-    known = {field.name: _KINDS.get(str(field.type), (str,)) for field in fields(kind)}  # type: ignore[arg-type]
-    if not isinstance(table, dict):
-        raise DataError(f"{file}: expected a table with {', '.join(known)}, not {table!r}")
-    for name, value in table.items():
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-            raise DataError(f"{file}: unknown setting {name!r}; {hint}")
-        if type(value) not in known[name]:
-            raise DataError(f"{file}: {name} cannot be {value!r}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
-    try:
-        return kind(**values, **(nested or {}))
-    except (TypeError, DataError) as error:
-        raise DataError(f"{file}: {str(error).partition('() ')[2] or error}") from error
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def config_for(pairs: Sequence[Path], model: str) -> TrainConfig:
-    """Settings to train a bundle further on someone's own pairs."""
-    return TrainConfig(
-        sources=tuple(Source(str(path.absolute())) for path in pairs),
-        model=model,
-        command=f"diptych train {' '.join(path.name for path in pairs)} --model {model}",
-        learning_rate=3e-4,  # a third of that from scratch: the projections are good already
-    )
-
-
-def with_changes(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    """The config with some settings replaced."""
-    return replace(config, **changes)
 
 
 def train(
@@ -213,28 +72,47 @@ def train(
     _check_output(output)
     torch.manual_seed(config.seed)
     start = _start(config)
+    start.model.to(config.device)
+    if note:
+        note("reading the data" + ("" if config.train_towers else ", and encoding what is not in the cache"))
     with tempfile.TemporaryDirectory(prefix="diptych-train-") as scratch:
-        frozen = _frozen_encoder(start, Path(scratch))
-        if note:
-            note("reading the data, and encoding what is not in the cache")
-        data = _Data(config, frozen, progress)
+        towers: Towers
+        if config.train_towers:
+            towers = TrainedTowers(
+                start.model,
+                start.preprocessing,
+                start.tokenizer_json,
+                start.context_length,
+                config.device,
+                config.part,
+                config.word_dropout,
+            )
+        else:
+            towers = FrozenTowers(_frozen_encoder(start, Path(scratch)), config.views, config.device)
+        data = _Data(config, towers, progress)
     if not config.model:
-        _standardise(start.model, data)
-    run = _Run(config, start.model, data)
+        _standardise(start.model, towers, data)
+    run = _Run(config, start.model, towers, data)
     before = run.validate()
-    log = [{"step": 0, **before}]
+    every = max(1, run.total // 10)
+    log: list[dict[str, Any]] = [{"step": 0, **before}]
     for step, loss in run.steps():
         if progress:
             progress(step, run.total)
-        if step % 50 == 0 or step == run.total:
-            log.append({"step": step, "loss": round(loss, 4), "scale": round(float(start.model.scale().detach()), 2)})
+        if step % every == 0 or step == run.total:
+            scale = round(float(start.model.scale().detach()), 2)
+            log.append({"step": step, "loss": round(loss, 4), "scale": scale, **run.validate()})
+            if note and before:
+                note(f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in log[-1].items()))
+    log += run.interpolate()
+    after = run.validate()
     output.mkdir(parents=True)
     bundle = _write_bundle(config, start, data, output)
     if note:
         note("measuring the result")
     metrics = _measure(config, bundle)
     if not metrics and before:
-        metrics = {**{f"before_{key}": value for key, value in before.items()}, **run.validate()}
+        metrics = {**{f"before_{key}": value for key, value in before.items()}, **after}
     bundle = replace(
         bundle, training={**bundle.training, "scores": {k: round(v, 4) for k, v in metrics.items()}}
     ).save()
@@ -302,12 +180,18 @@ def _regularise(model: DualEncoder, config: TrainConfig) -> None:
         model.log_scale.data.fill_(math.log(config.scale))
 
 
-def start_from_bundle(spec: str, config: TrainConfig | None = None) -> _Start:
-    """Torch towers and projections with a bundle's own weights; ModelError for a bundle whose towers are not ours."""
+def start_bundle(spec: str) -> Bundle:
+    """The bundle to train further. ModelError for a model of another kind."""
     folder = find_bundle(spec)
     if folder is None:
         raise ModelError(f"{spec} is not a bundle: write one first with  diptych models export {spec} FOLDER")
-    bundle = Bundle.load(folder)
+    return Bundle.load(folder)
+
+
+def start_from_bundle(spec: str, config: TrainConfig | None = None) -> _Start:
+    """Torch towers and projections with a bundle's own weights; ModelError for a bundle whose towers are not ours."""
+    bundle = start_bundle(spec)
+    folder = bundle.path
     names = bundle.source.get("image_tower"), bundle.source.get("text_tower")
     if names[0] not in IMAGE_TOWERS or names[1] not in TEXT_TOWERS:
         raise ModelError(f"{spec} cannot be trained further: its towers are not among {[*IMAGE_TOWERS, *TEXT_TOWERS]}")
@@ -345,21 +229,43 @@ def _frozen_encoder(start: _Start, folder: Path) -> OnnxEncoder:
     return OnnxEncoder(Bundle(folder, "frozen towers", features, start.preprocessing, start.context_length, 1.0).save())
 
 
+class Towers(Protocol):
+    """What stands between the data and the projections: it says what of a picture or a sentence is kept."""
+
+    def pictures(self, records: Sequence[Record], progress: Progress | None = None) -> list[Tensor]:
+        """Views of the records' pictures, one row each."""
+        ...
+
+    def sentences(self, texts: Sequence[str]) -> Tensor:
+        """One row each."""
+        ...
+
+    def image_features(self, pictures: Tensor) -> Tensor:
+        """Rows as kept -> (B, F), what the projection takes."""
+        ...
+
+    def text_features(self, sentences: Tensor) -> Tensor:
+        """Rows as kept -> (B, G), what the projection takes."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Pairs:
-    """One source in features: pictures under each view, sentences, and which sentences belong to which picture."""
+    """One source, as the towers keep it: views of its pictures, sentences, and which of these belong to which."""
 
-    views: list[Tensor]  # each (N, F)
-    texts: Tensor  # (M, G)
+    views: list[Tensor]  # each of N rows
+    texts: Tensor  # M rows
     first: NDArray[np.int64]  # (N + 1,) picture i owns the sentences first[i]:first[i + 1]
     repeat: int
+    anchor: Tensor | None  # (N, F) features of the pictures before training
 
 
 class _Data:
-    """Everything that training reads, as features of the frozen towers."""
+    """Everything that training reads."""
 
-    def __init__(self, config: TrainConfig, frozen: Encoder, progress: Progress | None) -> None:
+    def __init__(self, config: TrainConfig, towers: Towers, progress: Progress | None) -> None:
         base = Path(config.data)
+        self.towers, self.anchored = towers, config.train_towers and config.anchor > 0
         self.record: list[dict[str, Any]] = []
         self.sources: list[_Pairs] = []
         self.validation: list[Record] = []
@@ -367,29 +273,28 @@ class _Data:
             records = read_pairs(base / source.pairs)
             splits = {record.split for record in records}
             split = source.split or ("train" if "train" in splits else None)
-            if "val" in splits and split == "train":
+            if "val" in splits and split == "train" and source.validate:
                 self.validation += [record for record in records if record.split == "val" and record.texts]
             kept = [r for r in records if r.texts and (split is None or r.split == split)]
             if len(kept) < 2:
                 raise DataError(f"{source.pairs} has no two captioned pictures of split {split!r} to learn from")
-            self.sources.append(self._pairs(kept, frozen, config.views, source.repeat, progress))
+            self.sources.append(self._pairs(kept, source.repeat, progress))
             self._note(source.pairs, split, kept)
-        self.vocabulary = self._vocabulary(config, frozen, progress)
-        self.val = self._pairs(self.validation, frozen, ("clean",), 1, progress) if self.validation else None
+        self.vocabulary = self._vocabulary(config, progress)
+        self.val = self._pairs(self.validation, 1, progress) if self.validation else None
 
     def _note(self, pairs: str, split: str | None, records: Sequence[Record]) -> None:
         self.record.append({"pairs": pairs, "split": split, "pictures": len(records), "checksum": checksum(records)})
 
-    @staticmethod
-    def _pairs(
-        records: Sequence[Record], frozen: Encoder, views: Sequence[str], repeat: int, progress: Progress | None
-    ) -> _Pairs:
-        pictures = [torch.from_numpy(image_features(frozen, records, view, progress)).float() for view in views]
-        texts = text_features(frozen, [text for record in records for text in record.texts])
+    @torch.no_grad()
+    def _pairs(self, records: Sequence[Record], repeat: int, progress: Progress | None) -> _Pairs:
+        views = self.towers.pictures(records, progress)
+        texts = self.towers.sentences([text for record in records for text in record.texts])
         first = np.concatenate([[0], np.cumsum([len(record.texts) for record in records])])
-        return _Pairs(pictures, torch.from_numpy(texts).float(), first, repeat)
+        anchor = self.towers.image_features(views[0]) if self.anchored else None
+        return _Pairs(views, texts, first, repeat, anchor)
 
-    def _vocabulary(self, config: TrainConfig, frozen: Encoder, progress: Progress | None) -> _Pairs | None:
+    def _vocabulary(self, config: TrainConfig, progress: Progress | None) -> _Pairs | None:
         if config.vocabulary is None:
             return None
         records = read_pairs(Path(config.data) / config.vocabulary.pairs)
@@ -401,34 +306,58 @@ class _Data:
             )
             for record in records
         ]
-        return self._pairs(named, frozen, config.views, 1, progress)
+        return self._pairs(named, 1, progress)
 
 
-def _standardise(model: DualEncoder, data: _Data) -> None:
+@torch.no_grad()
+def _standardise(model: DualEncoder, towers: Towers, data: _Data) -> None:
+    model.eval()
     for tower, features in (
-        (model.image, torch.cat([source.views[0] for source in data.sources])),
-        (model.text, torch.cat([source.texts for source in data.sources])),
+        (model.image, torch.cat([towers.image_features(source.views[0]) for source in data.sources])),
+        (model.text, torch.cat([towers.text_features(source.texts) for source in data.sources])),
     ):
+        features = F.normalize(features, dim=-1)  # as the projection will see them
         head = tower.head
         head.mean.copy_(features.mean(0))
         head.std.copy_(features.std(0) + 1e-3 * features.std())  # a feature that is always zero stays so
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What meets in one step: sentence i is of row ``shown[i]`` of the pictures, virtual ones behind them."""
+
+    pictures: Tensor  # P rows, as the towers keep them
+    virtual: Tensor | None  # (V, F) features
+    shown: Tensor  # (B,)
+    sentences: Tensor  # B rows, as the towers keep them
+    owner: Tensor  # (B,) see `info_nce`
+    anchor: Tensor | None  # (P, F)
+
+
 class _Run:
     """The steps: which rows meet in a batch, and what they learn."""
 
-    def __init__(self, config: TrainConfig, model: DualEncoder, data: _Data) -> None:
-        self.config, self.model, self.data = config, model, data
+    def __init__(self, config: TrainConfig, model: DualEncoder, towers: Towers, data: _Data) -> None:
+        self.config, self.model, self.towers, self.data = config, model, towers, data
         self.random = np.random.default_rng(config.seed)
         self.batches = self._plan()
         self.total = len(self.batches)
         heads = [*model.image.head.parameters(), *model.text.head.parameters()]
         groups = [
-            {"params": heads, "weight_decay": config.weight_decay},
-            {"params": [model.log_scale], "weight_decay": 0.0},
+            {"params": heads, "weight_decay": config.weight_decay, "peak": config.learning_rate},
+            {"params": [model.log_scale], "weight_decay": 0.0, "peak": config.learning_rate},
         ]
+        if config.train_towers:
+            for tower, rate in (
+                (model.image, config.image_tower_learning_rate),
+                (model.text, config.text_tower_learning_rate),
+            ):
+                for decay, kept in ((config.weight_decay, True), (0.0, False)):  # no decay of norms and biases
+                    chosen = [weight for weight in tower.trunk.parameters() if (weight.ndim > 1) == kept]
+                    groups.append({"params": chosen, "weight_decay": decay, "peak": rate})
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
         self.class_rows = self._class_rows() if config.vocabulary and config.vocabulary.class_rows else None
+        self.start = {name: value.clone() for name, value in model.state_dict().items()} if config.interpolate else {}
 
     def _plan(self) -> list[tuple[_Pairs, NDArray[np.int64]]]:
         """All batches of all epochs, as (source, picture rows), in the order they are learnt from."""
@@ -450,7 +379,7 @@ class _Run:
 
     def _class_rows(self) -> Tensor:
         """(C, F) the ImageNet classifier's rows, scaled to the features' spread: a virtual picture of each class."""
-        weight = read_lite2_weights()["fc.weight"]
+        weight = read_lite2_weights()["fc.weight"].to(self.config.device)
         head = self.model.image.head
         return F.normalize((weight - weight.mean(0)) / weight.std(0) * head.std + head.mean, dim=-1)
 
@@ -460,50 +389,72 @@ class _Run:
         for step, (source, rows) in enumerate(self.batches, 1):
             warm = min(1.0, step / max(1, min(self.config.warmup, self.total // 10)))
             done = step / max(self.total, 2)  # 0 at the end, and yet a run of a single step learns something
-            rate = self.config.learning_rate * warm * (1 + math.cos(math.pi * done)) / 2
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            pictures, texts, owner = self._batch(source, rows)
-            loss = info_nce(self.model.image.head(pictures), self.model.text.head(texts), self.model.scale(), owner)
+                group["lr"] = group["peak"] * warm * (1 + math.cos(math.pi * done)) / 2
+            loss = self._loss(self._batch(source, rows))
             if not torch.isfinite(loss):
                 raise DataError(f"the loss is no number any more at step {step}: try a lower --lr")
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             yield step, float(loss.detach())
+            self.model.train()
         self.model.eval()
 
-    def _batch(self, source: _Pairs, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-        parts = [(*self._draw(source, rows), rows)]
+    def _loss(self, batch: _Batch) -> Tensor:
+        features = self.towers.image_features(batch.pictures)
+        rows = features if batch.virtual is None else torch.cat([features, batch.virtual])
+        images = self.model.image.head(rows[batch.shown])
+        texts = self.model.text.head(self.towers.text_features(batch.sentences))
+        loss = info_nce(images, texts, self.model.scale(), batch.owner)
+        if batch.anchor is not None:
+            loss = loss + self.config.anchor * (1 - F.cosine_similarity(features, batch.anchor).mean())
+        return loss
+
+    def _batch(self, source: _Pairs, rows: NDArray[np.int64]) -> _Batch:
+        captions = min(self.config.captions, int(np.diff(source.first).min()))
+        owners = [np.tile(rows, captions)]
+        pictures, sentences = [self._pictures(source, rows)], [self._sentences(source, owners[0])]
+        anchors, virtual = [] if source.anchor is None else [source.anchor[rows]], []
         vocabulary, settings = self.data.vocabulary, self.config.vocabulary
         if vocabulary is not None and settings is not None:
-            classes = len(vocabulary.views[0])
-            picked = self.random.permutation(classes)[: settings.pictures]
-            parts.append((*self._draw(vocabulary, picked), -1 - picked))  # negative: never a row of the source
-            if self.class_rows is not None:
-                picked = self.random.permutation(classes)[: settings.class_rows]
-                _, texts = self._draw(vocabulary, picked)
-                parts.append((self.class_rows[picked], texts, -1 - picked))
-                if settings.mixtures:
-                    parts.append(self._mixtures(vocabulary, self.class_rows, settings.mixtures))
-        return (
-            torch.cat([pictures for pictures, _, _ in parts]),
-            torch.cat([texts for _, texts, _ in parts]),
-            torch.from_numpy(np.concatenate([owners for _, _, owners in parts])),
+            classes = self.random.permutation(len(vocabulary.views[0]))[: settings.pictures]
+            pictures.append(self._pictures(vocabulary, classes))
+            sentences.append(self._sentences(vocabulary, classes))
+            anchors += [] if vocabulary.anchor is None else [vocabulary.anchor[classes]]
+            owners.append(-1 - classes)  # negative: never a row of the source
+            for features, classes in self._virtual(settings):
+                virtual.append(features)
+                sentences.append(self._sentences(vocabulary, classes))
+                owners.append(-1 - classes)
+        shown = [np.tile(np.arange(len(rows)), captions), np.arange(len(rows), sum(map(len, pictures + virtual)))]
+        return _Batch(
+            torch.cat(pictures),
+            torch.cat(virtual) if virtual else None,
+            torch.from_numpy(np.concatenate(shown)),
+            torch.cat(sentences),
+            torch.from_numpy(np.concatenate(owners)).to(self.config.device),
+            torch.cat(anchors) if anchors else None,
         )
 
-    def _mixtures(self, vocabulary: _Pairs, rows: Tensor, count: int) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
-        """Photos show more than one thing: virtual ones do too (mixup, Zhang et al. 2018, with one name for both)."""
-        first, second = self.random.integers(len(rows), size=(2, count))
-        share = torch.from_numpy(self.random.uniform(0.6, 1, (count, 1))).float()
-        _, texts = self._draw(vocabulary, first)
-        return share * rows[first] + (1 - share) * rows[second], texts, -1 - first
+    def _virtual(self, settings: Vocabulary) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        """Features of pictures that there are not, and their classes."""
+        if self.class_rows is None:
+            return
+        classes = self.random.permutation(len(self.class_rows))[: settings.class_rows]
+        yield self.class_rows[classes], classes
+        if settings.mixtures:  # photos show more than one thing (mixup, Zhang et al. 2018, with one name for both)
+            first, second = self.random.integers(len(self.class_rows), size=(2, settings.mixtures))
+            share = torch.from_numpy(self.random.uniform(0.6, 1, (settings.mixtures, 1))).to(self.class_rows)
+            yield share * self.class_rows[first] + (1 - share) * self.class_rows[second], first
 
-    def _draw(self, source: _Pairs, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """One view and one sentence of each of these pictures."""
-        view = source.views[self.random.integers(len(source.views))]
-        sentences = self.random.integers(source.first[rows], source.first[rows + 1])
-        return view[rows], source.texts[sentences]
+    def _pictures(self, source: _Pairs, rows: NDArray[np.int64]) -> Tensor:
+        """One view of each of these pictures."""
+        return source.views[self.random.integers(len(source.views))][rows]
+
+    def _sentences(self, source: _Pairs, rows: NDArray[np.int64]) -> Tensor:
+        """One sentence of each of these pictures."""
+        return source.texts[self.random.integers(source.first[rows], source.first[rows + 1])]
 
     @torch.inference_mode()
     def validate(self) -> dict[str, float]:
@@ -512,32 +463,57 @@ class _Run:
         if val is None:
             return {}
         self.model.eval()
-        pictures, texts = self.model.image.head(val.views[0]), self.model.text.head(val.texts)
+        pictures = self.model.image.head(self.towers.image_features(val.views[0]))
+        texts = self.model.text.head(self.towers.text_features(val.texts))
         owner = np.repeat(np.arange(len(pictures)), np.diff(val.first))
-        return {
-            f"val_{key}": value for key, value in evaluate_retrieval(pictures.numpy(), texts.numpy(), owner).items()
-        }
+        measured = evaluate_retrieval(pictures.cpu().numpy(), texts.cpu().numpy(), owner)
+        return {f"val_{key}": value for key, value in measured.items()}
+
+    def interpolate(self) -> list[dict[str, float]]:
+        """Mix the starting weights back in (WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903), as validation likes best.
+
+        Returns what each share scored, the best one last; the model has its weights.
+        """
+        shares = self.config.interpolate
+        if not shares or self.data.val is None:
+            return []
+        end = {name: value.clone() for name, value in self.model.state_dict().items()}
+        scored = []
+
+        def mix(share: float) -> None:
+            mixed = {k: torch.lerp(self.start[k], v, share) if v.is_floating_point() else v for k, v in end.items()}
+            self.model.load_state_dict(mixed)
+
+        for share in shares:
+            mix(share)
+            scored.append({"share": share, **self.validate()})
+        scored.sort(key=lambda one: sum(value for key, value in one.items() if "hit@" in key))
+        mix(scored[-1]["share"])
+        return scored
 
 
 def _write_bundle(config: TrainConfig, start: _Start, data: _Data, output: Path) -> Bundle:
     write_graphs(
         output,
-        image=start.model.image.eval(),
-        text=start.model.text.eval(),
+        image=start.model.image.eval().cpu(),
+        text=start.model.text.eval().cpu(),
         tokenizer_json=start.tokenizer_json,
         preprocessing=start.preprocessing,
         context_length=start.context_length,
         any_length=True,
         precision=config.precision,
     )
+    told = ("data", "sources", "tests", "licence", "model", "command")  # elsewhere in the record
     record = {
         "command": config.command,
         "data": data.record,
-        "settings": {
-            k: v for k, v in asdict(config).items() if k not in ("data", "sources", "tests", "licence", "command")
-        },
+        "settings": {k: v for k, v in asdict(config).items() if k not in told},
         "software": {"python": platform.python_version(), "torch": torch.__version__},
+        "hardware": _hardware(config.device),
     }
+    if config.model:
+        first = start_bundle(config.model)
+        record["start"] = {"name": first.name, "fingerprint": first.fingerprint, "training": first.training}
     return Bundle(
         path=output,
         name=config.name,
@@ -550,6 +526,12 @@ def _write_bundle(config: TrainConfig, start: _Start, data: _Data, output: Path)
         source={"image_tower": start.image_tower, "text_tower": start.text_tower},
         training=record,
     ).save()
+
+
+def _hardware(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def _measure(config: TrainConfig, bundle: Bundle) -> dict[str, float]:

@@ -35,13 +35,34 @@ class SameConv2d(nn.Conv2d):
     """Convolution with TensorFlow's "same" padding: an odd pixel is added at the bottom and on the right."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.convolve(x, self.weight, None)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply other weights of the same shape."""
         pads: list[int] = []
         for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
             total = max((math.ceil(int(size) / stride) - 1) * stride + kernel - int(size), 0)
             pads += [total // 2, total - total // 2]
         if pads[0] == pads[1] and pads[2] == pads[3]:  # symmetric: no separate pad operation
-            return F.conv2d(x, self.weight, None, self.stride, (pads[2], pads[0]), 1, self.groups)
-        return F.conv2d(F.pad(x, pads), self.weight, None, self.stride, 0, 1, self.groups)
+            return F.conv2d(x, weight, bias, self.stride, (pads[2], pads[0]), 1, self.groups)
+        return F.conv2d(F.pad(x, pads), weight, bias, self.stride, 0, 1, self.groups)
+
+
+def _convolve_norm(conv: SameConv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Convolution, then batch norm with the statistics of the pretraining, in training too.
+
+    Batches of one source have statistics of their own, which search would not see. And so the two can be trained as
+    one convolution, which keeps half the activations for the way back.
+    """
+    if not norm.training or norm.running_mean is None or norm.running_var is None:
+        normed: Tensor = norm(conv(x))
+        return normed
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return conv.convolve(x, conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale)
+
+
+def _relu6(x: Tensor) -> Tensor:
+    return F.relu6(x, inplace=torch.is_grad_enabled())  # in place: memory, where it is short
 
 
 class MBConv(nn.Module):
@@ -60,9 +81,9 @@ class MBConv(nn.Module):
         self.expands, self.residual = expansion > 1, stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
-        h = F.relu6(self.bn1(self.depthwise_conv(h)))
-        h = self.bn2(self.project_conv(h))
+        h = _relu6(_convolve_norm(self.expand_conv, self.bn0, x)) if self.expands else x
+        h = _relu6(_convolve_norm(self.depthwise_conv, self.bn1, h))
+        h = _convolve_norm(self.project_conv, self.bn2, h)
         if not self.residual:
             return h
         return x + h
@@ -96,10 +117,10 @@ class EfficientNetLite(nn.Module):
         self.bn1 = _batch_norm(self.features)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = F.relu6(self.bn0(self.conv_stem(pixels)))  # (B, 32, H/2, W/2)
+        x = _relu6(_convolve_norm(self.conv_stem, self.bn0, pixels))  # (B, 32, H/2, W/2)
         for block in self.blocks:
             x = block(x)
-        x = F.relu6(self.bn1(self.conv_head(x)))  # (B, 1280, H/32, W/32)
+        x = _relu6(_convolve_norm(self.conv_head, self.bn1, x))  # (B, 1280, H/32, W/32)
         return x.mean((2, 3))  # (B, 1280)
 
 

@@ -1,0 +1,171 @@
+"""What a training run is told: settings with their reasons, and the recipes that hold them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args
+
+from retrieval.encoders import Precision
+from retrieval.errors import DataError
+from retrieval.training.towers import IMAGE_TOWERS, TEXT_TOWERS
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pairs to learn from. Every batch comes from one source, which keeps its pictures each other's negatives."""
+
+    pairs: str  # a JSONL file, relative to the data folder
+    split: str | None = None
+    repeat: int = 1  # passes over it in one epoch
+    validate: bool = True  # on its ``val`` split, where it has one
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Words beyond the captions: labelled pictures, and an ImageNet classifier's rows as pictures of their classes.
+
+    Some of both join every batch with their class's name in one of the templates.
+    """
+
+    pairs: str  # a JSONL file of labels, relative to the data folder; in ImageNet's class order for class rows
+    templates: tuple[str, ...] = ("a photo of a {name}.",)
+    pictures: int = 512  # a batch
+    class_rows: int = 512  # a batch
+    mixtures: int = 0  # a batch: 60 to 100 % of one class row, the rest another; named by the first
+
+
+@dataclass(frozen=True)
+class Test:
+    """Data to measure the result on, once, at the end."""
+
+    pairs: str
+    split: str | None = None
+    task: str = "retrieval"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train, on what, and how; the reason stands beside each default."""
+
+    sources: tuple[Source, ...]
+    data: str = ""  # folder that the paths are relative to
+    name: str = "diptych-run"
+    model: str = ""  # bundle to train further; empty: begin from the towers' own packages
+    image_tower: str = "efficientnet-lite2"
+    text_tower: str = "minilm-l6"
+    image_size: int = 260  # what Lite2 was trained at
+    context_length: int = 64  # tokens; captions have 13 on average, 5 % have more than 20
+    dim: int = 512  # a store of 100,000 photos is 100 MB
+    precision: Precision = "fp16"  # of the stored weights; hit@k is that of fp32 to the last digit shown
+    views: tuple[str, ...] = ("clean",)  # of each picture, one drawn at every visit
+    vocabulary: Vocabulary | None = None
+    tests: tuple[Test, ...] = ()
+    epochs: float = 40  # of so few parameters that each is seconds
+    batch_size: int = 2048  # more negatives, and fewer steps for the projections to learn single photos by heart in
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: int = 100  # steps; AdamW's second moments are noise before
+    dropout: float = 0.5  # the projections see the same frozen features again and again
+    image_noise: float = 0.8  # standard deviations of each feature, for the same reason: worth 3 points hit@10
+    text_noise: float = 0.3  # less: five captions a photo are noise of their own
+    scale: float = 20.0  # initial inverse temperature: CLIP's 14 and a bit, since the towers know much already
+    seed: int = 0
+    licence: str = ""
+    device: str = "cpu"
+    train_towers: bool = False  # end to end, from pictures and words; frozen towers learn from cached features
+    image_tower_learning_rate: float = 1e-4  # a third of the projections': 4e-4 on the tower diverged
+    text_tower_learning_rate: float = 3e-5  # usual for a BERT
+    anchor: float = 0.0  # weight of the distance to the starting tower's features of the same picture, clean
+    word_dropout: float = 0.0  # share of a caption's words hidden, so that none is learnt by heart
+    captions: int = 1  # of each picture in a batch, at most as many as it has; costs the text tower only
+    part: int = 256  # pictures in the tower at a time; a larger batch is passed twice in parts: memory for time
+    interpolate: tuple[float, ...] = ()  # shares of the new weights to try, the rest the start's; empty: new ones
+    command: str = ""  # for the record in model.json: what was typed, DATA standing for the data folder
+
+    def __post_init__(self) -> None:
+        towers = {
+            "image_tower": tuple(IMAGE_TOWERS),
+            "text_tower": tuple(TEXT_TOWERS),
+            "precision": get_args(Precision),
+        }
+        for name, known in towers.items():
+            if getattr(self, name) not in known:
+                raise DataError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if not self.sources:
+            raise DataError("there is nothing to learn from: name pairs in at least one [[sources]]")
+        if not 0 < self.epochs < math.inf or self.batch_size < 2 or not 0 <= self.learning_rate < math.inf:
+            raise DataError("epochs must be more than 0, batch_size at least 2, and learning_rate a number from 0 on")
+
+
+def load_config(file: Path, data: Path | None = None) -> TrainConfig:
+    """Read a recipe. DataError names an unknown or a missing setting."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        settings = tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{file} is not TOML: {error}") from error
+    nested: dict[str, Any] = {
+        "command": f"diptych train --config {file.name} --data DATA",
+        "sources": tuple(_settings(file, Source, table) for table in _listed(settings.pop("sources", []))),
+        "tests": tuple(_settings(file, Test, table) for table in _listed(settings.pop("tests", []))),
+    }
+    if "vocabulary" in settings:
+        nested["vocabulary"] = _settings(file, Vocabulary, settings.pop("vocabulary"))
+    config = _settings(file, TrainConfig, settings, nested)
+    return replace(config, data=str(data)) if data else config
+
+
+_KINDS = {"str": (str,), "str | None": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+_LISTS = ("tuple[str, ...]", "tuple[float, ...]")
+
+
+def _settings(file: Path, kind: type[Settings], table: Any, nested: Mapping[str, Any] | None = None) -> Settings:
+    """One table of a recipe; DataError names a setting that is unknown, missing or of a wrong type."""
+    known = {
+        field.name: (list,) if field.type in _LISTS else _KINDS.get(str(field.type), (str,)) for field in fields(kind)
+    }  # type: ignore[arg-type]
+    if not isinstance(table, dict):
+        raise DataError(f"{file}: expected a table with {', '.join(known)}, not {table!r}")
+    for name, value in table.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            raise DataError(f"{file}: unknown setting {name!r}; {hint}")
+        if type(value) not in known[name]:
+            raise DataError(f"{file}: {name} cannot be {value!r}")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
+    try:
+        return kind(**values, **(nested or {}))
+    except (TypeError, DataError) as error:
+        raise DataError(f"{file}: {str(error).partition('() ')[2] or error}") from error
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def config_for(pairs: Sequence[Path], model: str) -> TrainConfig:
+    """Settings to train a bundle further on someone's own pairs."""
+    return TrainConfig(
+        sources=tuple(Source(str(path.absolute())) for path in pairs),
+        model=model,
+        command=f"diptych train {' '.join(path.name for path in pairs)} --model {model}",
+        learning_rate=3e-4,  # a third of that from scratch: the projections are good already
+    )
+
+
+def with_changes(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """The config with some settings replaced."""
+    return replace(config, **changes)

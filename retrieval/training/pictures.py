@@ -1,0 +1,139 @@
+"""Towers that learn: pictures and words go through them at every step, each picture cropped and coloured anew.
+
+All pictures are held in memory, as bytes at the model's size: 47,000 at 260 x 260 are 9.5 GB.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from retrieval.errors import DataError, ImageError
+from retrieval.images import Preprocessing, read_photo
+from retrieval.pairs import Record
+from retrieval.pipeline import map_ahead
+from retrieval.training.features import Progress
+from retrieval.training.towers import DualEncoder
+
+_AREA, _RATIO = (0.35, 1.0), (3 / 4, 4 / 3)  # of a crop: share of the picture, change of the sides' ratio
+_JITTER = (0.6, 1.4)  # factors of brightness, contrast and colour
+_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
+_MASK, _FIRST_WORD = 103, 999  # BERT's vocabulary: [MASK], and the first id that is no control token
+_FEW_TOKENS = 10  # a name in a template: without one of its words it may be no name any more
+
+
+class TrainedTowers:
+    """Both towers of a model in training, and the data in the form that they take."""
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        preprocessing: Preprocessing,
+        tokenizer_json: str,
+        context_length: int,
+        device: str,
+        part: int,
+        word_dropout: float,
+    ) -> None:
+        from tokenizers import Tokenizer
+
+        self.model, self.preprocessing, self.device = model, preprocessing, torch.device(device)
+        self.tokenizer = Tokenizer.from_str(tokenizer_json)
+        self.context_length = context_length
+        self.part, self.word_dropout = part, word_dropout
+        self.mean, self.std = (torch.tensor(v, device=device) for v in (preprocessing.mean, preprocessing.std))
+
+    def pictures(self, records: Sequence[Record], progress: Progress | None = None) -> list[Tensor]:
+        """(N, H, W, 3) uint8, as search sees them; the one view that all others are drawn from."""
+
+        def prepare(record: Record) -> Image.Image | ImageError:
+            try:
+                return self.preprocessing.fit(read_photo(record.image).image)
+            except ImageError as error:
+                return ImageError(f"{record.image}: {error}")
+
+        rows = torch.empty((len(records), *self.preprocessing.size, 3), dtype=torch.uint8)
+        for number, (_, picture) in enumerate(map_ahead(prepare, records)):
+            if isinstance(picture, ImageError):
+                raise DataError(f"a picture of the training data cannot be read: {picture}")
+            rows[number] = torch.from_numpy(np.array(picture))
+            if progress and (number + 1) % 64 == 0:
+                progress(number + 1, len(records))
+        return [rows.to(self.device)]
+
+    def sentences(self, texts: Sequence[str]) -> Tensor:
+        """(M, context length) int64 token ids, 0 is padding."""
+        ids = torch.tensor([encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))])
+        return F.pad(ids, (0, self.context_length - ids.shape[1])).to(self.device)
+
+    def image_features(self, pictures: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 -> (B, F). In training each is augmented, and its gradient kept.
+
+        More than ``part`` pictures go through in parts whose activations are computed again on the way back: the
+        gradients of the whole batch in the memory of a part, as GradCache has them (Gao et al. 2021, arXiv:2101.06983).
+        """
+        training = self.model.training
+        features = []
+        with self._autocast():
+            for part in torch.split(pictures, self.part):
+                pixels = augment(part) if training else part.permute(0, 3, 1, 2).float() / 255
+                pixels = (pixels - self.mean[:, None, None]) / self.std[:, None, None]
+                pixels = pixels.contiguous(memory_format=torch.channels_last)  # half the time of other orders
+                if training and len(pictures) > self.part:
+                    trunk = self.model.image.trunk
+                    features.append(checkpoint(trunk, pixels, use_reentrant=False, preserve_rng_state=False))
+                else:
+                    features.append(self.model.image.trunk(pixels))
+        return torch.cat(features).float()
+
+    def text_features(self, sentences: Tensor) -> Tensor:
+        """(B, L) int64 -> (B, G). In training some words are hidden."""
+        if self.model.training and self.word_dropout:
+            sentences = hide_words(sentences, self.word_dropout)
+        length = int((sentences != 0).sum(1).max())
+        with self._autocast():
+            features: Tensor = self.model.text.trunk(sentences[:, :length])
+        return features.float()
+
+    def _autocast(self) -> torch.autocast:
+        # bf16 has fp32's range, so that nothing needs scaling; on a CPU it gains nothing
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+
+def augment(pictures: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in 0 to 1: a random resized crop of each, mirrored or not, in other colours.
+
+    The crop is Inception's (Szegedy et al. 2015, arXiv:1409.4842, section 6); of the whole size, so never scaled down.
+    """
+    count, height, width, _ = pictures.shape
+
+    def draw(low: float, high: float) -> Tensor:
+        return torch.empty(count, device=pictures.device).uniform_(low, high)
+
+    area, ratio = draw(*_AREA), draw(math.log(_RATIO[0]), math.log(_RATIO[1])).exp()
+    wide, high = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    to_source = torch.zeros((count, 2, 3), device=pictures.device)  # of coordinates from -1 to 1
+    to_source[:, 0, 0], to_source[:, 1, 1] = wide * draw(-1, 1).sign(), high
+    to_source[:, 0, 2], to_source[:, 1, 2] = draw(-1, 1) * (1 - wide), draw(-1, 1) * (1 - high)
+    grid = F.affine_grid(to_source, [count, 3, height, width], align_corners=False)
+    x = pictures.permute(0, 3, 1, 2).float() / 255
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    brightness, contrast, colour = (draw(*_JITTER)[:, None, None, None] for _ in range(3))
+    x = (x * brightness).clamp(0, 1)
+    grey = (x * x.new_tensor(_GREY)[:, None, None]).sum(1, keepdim=True)
+    x = torch.lerp(grey, x, colour).clamp(0, 1)
+    return torch.lerp(grey.mean((2, 3), keepdim=True), x, contrast).clamp(0, 1)
+
+
+def hide_words(ids: Tensor, share: float) -> Tensor:
+    """(B, L) token ids with a share of the words of sentences replaced by [MASK]; short ones stay whole."""
+    sentence = (ids != 0).sum(1, keepdim=True) > _FEW_TOKENS
+    hidden = (torch.rand(ids.shape, device=ids.device) < share) & (ids >= _FIRST_WORD) & sentence
+    return ids.masked_fill(hidden, _MASK)
