@@ -133,9 +133,8 @@ _LISTS = ("tuple[str, ...]", "tuple[float, ...]")
 
 def _settings(file: Path, kind: type[Settings], table: Any, nested: Mapping[str, Any] | None = None) -> Settings:
     """One table of a recipe; DataError names a setting that is unknown, missing or of a wrong type."""
-    known = {
-        field.name: (list,) if field.type in _LISTS else _KINDS.get(str(field.type), (str,)) for field in fields(kind)
-    }  # type: ignore[arg-type]
+    kinds = {field.name: str(field.type) for field in fields(cast(Any, kind))}
+    known = {name: (list,) if text in _LISTS else _KINDS.get(text, (str,)) for name, text in kinds.items()}
     if not isinstance(table, dict):
         raise DataError(f"{file}: expected a table with {', '.join(known)}, not {table!r}")
     for name, value in table.items():
