@@ -35,5 +35,5 @@ def machine() -> str:
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
     flags = [flag for flag in wanted if flag in fields.get("flags", "").split()]
-    cores = f"{os.cpu_count()} cores ({" ".join(flags)})"
-    return f"{fields.get("model name", "?")}, {cores}, Python {platform.python_version()}"
+    cores = f"{os.cpu_count()} cores ({' '.join(flags)})"
+    return f"{fields.get('model name', '?')}, {cores}, Python {platform.python_version()}"

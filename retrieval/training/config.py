@@ -133,7 +133,7 @@ _LISTS = ("tuple[str, ...]", "tuple[float, ...]")
 
 def _settings(file: Path, kind: type[Settings], table: Any, nested: Mapping[str, Any] | None = None) -> Settings:
     """One table of a recipe; DataError names a setting that is unknown, missing or of a wrong type."""
-    kinds = {field.name: str(field.type) for field in fields(cast(Any, kind))}
+    kinds = {field.name: str(field.type) for field in fields(cast("Any", kind))}
     known = {name: (list,) if text in _LISTS else _KINDS.get(text, (str,)) for name, text in kinds.items()}
     if not isinstance(table, dict):
         raise DataError(f"{file}: expected a table with {', '.join(known)}, not {table!r}")
