@@ -78,7 +78,7 @@ def lasting_spec(spec: str) -> str:
     """The spec as it can be written down: a folder's path made absolute, everything else as it is."""
     prefix = "local-dir:" if spec.startswith("local-dir:") else ""
     path = Path(spec.removeprefix(prefix)).expanduser()
-    return f"{prefix}{path.absolute()}" if prefix or (spec and path.is_dir()) else spec
+    return f"{prefix}{path.absolute()}" if prefix or (spec and spec != BUILTIN and path.is_dir()) else spec
 
 
 def find_bundle(spec: str) -> Path | None:

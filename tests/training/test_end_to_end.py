@@ -22,6 +22,15 @@ _COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220),
 _SHAPES = ("left", "right")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Pictures this small are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
     """Eight pictures: a square of one of four colours on one of two sides; half of them are validation too."""

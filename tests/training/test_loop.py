@@ -23,6 +23,7 @@ from retrieval.errors import DataError, UsageError  # noqa: E402
 from retrieval.evaluation import evaluate  # noqa: E402
 from retrieval.onnx_encoder import OnnxEncoder  # noqa: E402
 from retrieval.pairs import read_pairs  # noqa: E402
+from retrieval.training import config as recipes  # noqa: E402
 from retrieval.training import features, loop  # noqa: E402
 
 COLOURS, SHAPES = ("red", "green", "blue", "yellow", "black"), ("circle", "square", "triangle", "cross")
@@ -96,7 +97,7 @@ def quick(frozen, monkeypatch):
 def train(world, quick, tmp_path):
     def train(name, **changes):
         settings = {"epochs": 3, "learning_rate": 1e-3, **changes}
-        config = loop.with_changes(loop.config_for([world.pairs], settings.pop("model", "builtin")), settings)
+        config = recipes.with_changes(recipes.config_for([world.pairs], settings.pop("model", "builtin")), settings)
         return tmp_path / name, loop.train(config, tmp_path / name)
 
     return train
@@ -181,7 +182,7 @@ def test_a_run_continues_from_a_run_and_encodes_nothing_anew(world, trained, tmp
     encoded = []
     for name in ("encode_images", "encode_texts"):
         monkeypatch.setattr(OnnxEncoder, name, lambda self, items: encoded.append(len(items)))
-    config = loop.with_changes(loop.config_for([world.pairs], str(trained.output)), {"epochs": 1})
+    config = recipes.with_changes(recipes.config_for([world.pairs], str(trained.output)), {"epochs": 1})
     metrics = loop.train(config, tmp_path / "further")
     assert encoded == []
     # What was written is fp16 of what was measured then: one of 20 may fall otherwise.
@@ -232,12 +233,14 @@ def test_the_cache_survives_a_failure_in_the_middle(world, frozen, tmp_path, mon
 def planned(sizes_and_repeats, **settings):
     """The batches of a run over sources of so many pictures, each picture with two sentences."""
     sources = [
-        loop._Pairs([torch.full((n, 1280), float(i))], torch.zeros(2 * n, 384), np.arange(0, 2 * n + 1, 2), repeat)
+        loop._Pairs(
+            [torch.full((n, 1280), float(i))], torch.zeros(2 * n, 384), np.arange(0, 2 * n + 1, 2), repeat, None
+        )
         for i, (n, repeat) in enumerate(sizes_and_repeats)
     ]
-    config = loop.with_changes(loop.config_for([Path("x")], "builtin"), settings)
+    config = recipes.with_changes(recipes.config_for([Path("x")], "builtin"), settings)
     start = loop.DualEncoder(loop.IMAGE_TOWERS["efficientnet-lite2"][0](), loop.TEXT_TOWERS["minilm-l6"][0](), 8)
-    return sources, loop._Run(config, start, SimpleNamespace(sources=sources, vocabulary=None, val=None))
+    return sources, loop._Run(config, start, None, SimpleNamespace(sources=sources, vocabulary=None, val=None))
 
 
 def test_every_batch_has_one_source_and_an_epoch_repeats_as_asked():
@@ -266,7 +269,7 @@ def test_a_picture_meets_only_its_own_sentences():
     (source,), run = planned([(10, 1)], epochs=1)
     source = loop.replace(source, texts=torch.arange(20).float()[:, None])
     rows = np.array([7, 0, 3])
-    drawn = np.array([run._draw(source, rows)[1][:, 0].tolist() for _ in range(40)], int)
+    drawn = np.array([run._sentences(source, rows)[:, 0].tolist() for _ in range(40)], int)
     for column, row in zip(drawn.T, rows, strict=True):
         assert set(column) == {2 * row, 2 * row + 1}
 
@@ -318,7 +321,7 @@ def test_a_recipe_from_end_to_end(world, quick, tmp_path, capfd):
 
 
 def test_the_built_in_model_s_recipe_can_be_read():
-    config = loop.load_config(Path(loop.__file__).parent / "recipes" / "builtin.toml", Path("somewhere"))
+    config = recipes.load_config(Path(loop.__file__).parent / "recipes" / "builtin.toml", Path("somewhere"))
     assert config.data == "somewhere"
     assert not config.model  # from the towers' own packages
     trained_on = {config.vocabulary.pairs, *((source.pairs, source.split) for source in config.sources)}
@@ -368,7 +371,7 @@ def complaint(quick, capfd):
         ("precision = 'int3'", "precision must be one of fp32, fp16"),
         ("[[sources]]\nsplit = 'train'", "missing 1 required positional argument: 'pairs'"),
         ("[[sources]]\npairs = 'p.jsonl'\ntimes = 3", "unknown setting 'times'"),
-        ("sources = 3", "expected a table with pairs, split, repeat, not 3"),
+        ("sources = 3", "expected a table with pairs, split, repeat, validate, not 3"),
         ("[vocabulary]\ntemplates = ['{name}']", "missing 1 required positional argument: 'pairs'"),
         ("epochs = ", "is not TOML"),
         ("", "there is nothing to learn from"),
@@ -417,7 +420,7 @@ def test_an_output_that_is_there_or_cannot_be(complaint, world, tmp_path):
 def test_an_output_that_may_not_be_written_is_refused_before_the_training(world, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UsageError, match="cannot be made"):
-        loop.train(loop.config_for([world.pairs], "builtin"), tmp_path / "out")
+        loop.train(recipes.config_for([world.pairs], "builtin"), tmp_path / "out")
 
 
 def test_models_that_cannot_be_trained(complaint, world, tmp_path):
