@@ -454,7 +454,20 @@ def run() -> NoReturn:
         code = leaving.code
     if code == INTERRUPTED:
         render.note("interrupted; everything finished so far is kept")
-    sys.exit(code)  # type: ignore[arg-type]
+    sys.exit(_flushed(code))  # type: ignore[arg-type]
+
+
+def _flushed(code: object) -> object:
+    """Send off what is still buffered; else Python would do it after us, and complain in its own words."""
+    if sys.__stdout__ is None:
+        return code
+    try:
+        sys.__stdout__.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+        if not isinstance(error, BrokenPipeError):  # the reader, `head` for one, has seen enough
+            return _complain(error.strerror or str(error))
+    return code
 
 
 def _complain(reason: str) -> int:

@@ -167,6 +167,8 @@ def shell(line: str, cwd: Path):
 def test_a_reader_that_leaves_early(shipped):
     run = shell("search cat -t 6 -f | head -n 1", shipped)
     assert (len(run.stdout.splitlines()), run.stderr) == (1, "")
+    for _ in range(3):  # gone before the first byte
+        assert shell("search cat -t 6 --json | true", shipped).stderr == ""
 
 
 @pytest.mark.parametrize(
