@@ -178,11 +178,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def seal(folder: Path, **fields: Any) -> Bundle:
-    """Write model.json for the graphs in a folder; the fields are those of :class:`retrieval.bundle.Bundle`."""
-    return Bundle(path=folder, **fields).save()
-
-
 def bound_tower(model: nn.Module, function: str | Callable[[Tensor], Tensor]) -> nn.Module:
     """View a model as a tower that computes one of its methods, or a function of its parts; names stay."""
     tower = copy.copy(model)
@@ -222,8 +217,8 @@ def export_open_clip(encoder: TorchEncoder, folder: Path, precision: Precision =
                 any_length=any_length is not None,
                 precision=precision,
             )
-            bundle = seal(
-                staging,
+            bundle = Bundle(
+                path=staging,
                 name=folder.name,
                 dim=encoder.dim,
                 preprocessing=encoder.preprocessing,
@@ -231,7 +226,7 @@ def export_open_clip(encoder: TorchEncoder, folder: Path, precision: Precision =
                 score_scale=encoder.score_scale,
                 precision={"image": precision, "text": precision},
                 source={"library": "open_clip", "architecture": encoder.architecture},
-            )
+            ).save()
             _check_vectors(bundle, encoder, _TOLERANCE[precision])
             staging.rename(folder)
     except (RuntimeError, TypeError, ValueError) as error:  # the exporter, on what it cannot trace
