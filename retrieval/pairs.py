@@ -1,96 +1,176 @@
-"""The one reader of data: files that pair pictures with sentences or labels."""
+"""The one reader of data: files and folders that pair pictures with sentences or labels, all read into `Record`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+import os
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 from retrieval.errors import DataError
+from retrieval.pair_formats import (
+    KINDS,
+    Picture,
+    PictureBytes,
+    Row,
+    Rows,
+    TarMember,
+    one_line,
+    read_rows,
+    some,
+)
 
-_TEXT_KEYS = ("captions", "caption", "texts", "text")
-_LABEL_KEYS = ("labels", "label")
-_SHOWN = 3
+__all__ = ["Picture", "PictureBytes", "Record", "TarMember", "checksum", "class_names", "read_pairs", "select_split"]
+
+_PROBED = 8  # pictures that are looked for, to find out where all of them lie
+_LISTED = 16  # from so many pictures in one folder on, listing it is cheaper than asking for each
 
 
 @dataclass(frozen=True)
 class Record:
-    """One picture with its sentences and labels; either may be empty. ``columns`` holds whatever else the line had."""
+    """One picture with its sentences and labels; either may be empty."""
 
-    image: Path
+    image: Picture  # a Path, a TarMember or PictureBytes
     texts: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     split: str | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)  # whatever else is known of the picture
+    text_columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # and of each text, in their order
 
 
-def read_pairs(file: Path, split: str | None = None) -> list[Record]:
-    """Read a JSONL file of ``{image, captions | text, label | labels, split}`` objects, one per line.
+def read_pairs(
+    source: Path, split: str | None = None, *, prefer: str | None = None, images: Path | None = None
+) -> list[Record]:
+    """Read a file or a folder that pairs pictures with sentences or labels. Its kind is told by its content.
 
-    Pictures are looked for in ``images/`` beside the file, relative to the file, or in a folder of the file's own
-    name. A picture without a caption stays: it is a distractor in the gallery.
+    - JSONL and JSON lists of ``{image, captions | text, label | labels, split}``; other keys become columns
+    - Karpathy's JSON of Flickr8k, Flickr30k and COCO; ``restval`` stays a split of its own
+    - COCO's JSON of captions or instances; the split is told by the file's name (``captions_val2014.json``)
+    - ``captions.txt``, ``Flickr8k.token.txt``, ``results.csv``, ``results_20130124.token``; the split from Flickr8k's
+      lists (``Flickr_8k.devImages.txt``: val) where they lie beside the file
+    - CSV and TSV with a line of column names, separated by tab, comma, semicolon or bar, and Parquet. Pictures: image,
+      filepath, file_name, filename, image_path, image_name, path or img; captions: captions, caption, texts, text,
+      title, sentence or comment; labels, label or class; split. Of several, the first in this order; every other
+      column is kept. In CSV a column is read as numbers if each of its cells is one or empty (007 is none). A Parquet
+      column may hold lists, and the pictures themselves, as bytes or as ``{bytes, path}``
+    - webdataset tars: one, a folder of them, or one sub-folder per split. ``KEY.jpg`` (or another picture) with
+      ``KEY.txt`` (captions, one a line), ``KEY.json``, ``KEY.cls`` (an index into ``classnames.txt``)
+    - a folder of ``a.jpg`` with ``a.txt``, ``a.caption`` or ``a.json``; or, without any of these, one sub-folder per
+      class. Above either, train, val, validation, dev and test are splits (validation and dev: val)
+
+    Pictures named by a relative path are looked for in ``images`` alone if it is given, else in ``images/`` beside the
+    file, relative to the file, in a folder of the file's own name, and where Flickr and COCO keep them. The first
+    pictures that are found decide for the whole file. A picture without a caption stays: it is a distractor.
+
+    Rows that name the same picture in the same split are one picture: its texts and labels in the order of the rows (a
+    repeated text counts again, a repeated label does not). A column on which they agree, or that some row without a
+    text has, keeps its first value in ``columns``; any other has one value for each text, in ``text_columns`` (None
+    where its row says nothing).
+
+    Args:
+        source: the file or folder.
+        split: only this split; None for all of them.
+        prefer: only this split where there is one and none was asked for.
+        images: the folder that the pictures lie in.
 
     Raises:
-        DataError: the file or pictures are missing, a line is wrong, or nothing is left of the split.
+        DataError: the source cannot be read or is of no known kind, something in it is wrong, pictures are missing (in
+            the split that was asked for), or nothing is left of the split.
     """
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text: a pairs file is JSONL, one object a line") from error
-    objects = [_parse_line(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not objects:
-        raise DataError(f"{file} is empty: a pairs file is JSONL, one object a line")
-    base = _picture_folder(file, objects[0]["image"])
-    records = [_record(base, fields) for fields in objects]
+    found = read_rows(source)
+    if not found.rows:
+        raise DataError(f"{source} is empty: there is no picture in it; {KINDS}")
+    if images is not None and not images.is_dir():
+        raise DataError(f"{images}: there is no such folder of pictures")
+    if split is None and any(row.split == prefer for row in found.rows):
+        split = prefer
+    records = _merge(found, *_picture_folder(found, split, images))
     if split is not None:
-        kept = [record for record in records if record.split == split]
-        if not kept:
-            found = ", ".join(sorted({record.split or "(none)" for record in records}))
-            raise DataError(f"{file} has no rows of split {split!r}; its splits are: {found}")
-        records = kept
-    missing = [record.image for record in records if not record.image.is_file()]
+        records = select_split(records, split, source)
+    missing = _missing([str(record.image) for record in records if isinstance(record.image, Path)])
     if missing:
-        names = ", ".join(str(path) for path in missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
-        raise DataError(f"{len(missing)} of the {len(records)} pictures that {file} names are missing: {names}")
+        raise DataError(
+            f"{len(missing)} of the {len(records)} pictures that {source} names are missing: {some(missing)}; "
+            "if they lie elsewhere, name their folder with --images"
+        )
     return records
 
 
-def _parse_line(file: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{file}, line {number} is not JSON: {error}") from error
-    if not isinstance(fields, dict) or not isinstance(fields.get("image"), str):
-        raise DataError(f'{file}, line {number}: expected an object with "image", as {{"image": "a.jpg", …}}')
-    return fields
+def select_split(records: Sequence[Record], split: str, source: Path) -> list[Record]:
+    """The records of one split. DataError, naming the source and its splits, if there are none."""
+    kept = [record for record in records if record.split == split]
+    if not kept:
+        found = ", ".join(map(one_line, sorted({record.split or "(none)" for record in records})))
+        raise DataError(f"{source} has no rows of split {split!r}; its splits are: {found}")
+    return kept
 
 
-def _picture_folder(file: Path, image: str) -> Path:
-    places = (file.parent / "images", file.parent, file.parent / file.stem)
-    return next((place for place in places if (place / image).is_file()), places[0])
+def _picture_folder(found: Rows, split: str | None, images: Path | None) -> tuple[Path, bool]:
+    """Where the pictures of the split lie, and whether they lie there without the folders of their names."""
+    places = (images,) if images else found.places or (Path(),)
+    wanted = (row.image for row in found.rows if split in (None, row.split))
+    names = (name for name, _ in groupby(wanted) if isinstance(name, str) and not Path(name).is_absolute())
+    for name in islice(names, _PROBED):
+        for place in places:
+            if _is_file(place / name):
+                return place, False
+            if found.droppable and _is_file(place / Path(name).name):
+                return place, True
+    return places[0], False
 
 
-def _record(base: Path, fields: dict[str, Any]) -> Record:
-    rest = dict(fields)
-    image, split = rest.pop("image"), rest.pop("split", None)
-    split = None if split is None else str(split)
-    return Record(base / image, _strings(rest, _TEXT_KEYS), _strings(rest, _LABEL_KEYS), split, rest)
+def _merge(found: Rows, base: Path, drop_folders: bool) -> list[Record]:
+    """One record per picture, in the order of their first rows."""
+    pictures: dict[str, Picture] = {}
+    groups: dict[tuple[object, str | None], tuple[Picture, list[Row]]] = {}
+    for row in found.rows:
+        image: Picture | None = row.image if not isinstance(row.image, str) else pictures.get(row.image)
+        if image is None:
+            name = str(row.image)
+            image = pictures[name] = base / (Path(name).name if drop_folders else name)
+        key = str(image) if isinstance(image, Path) else image  # which is hashed faster
+        groups.setdefault((key, row.split), (image, []))[1].append(row)
+    return [Record(image, *rows[0][1:]) if len(rows) == 1 else _merged(image, rows) for image, rows in groups.values()]
 
 
-def _strings(fields: dict[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
-    """Take the first of the keys out of the fields: one string or a list of them."""
-    for key in keys:
-        if key in fields:
-            value = fields.pop(key)
-            values = value if isinstance(value, list) else [value]
-            return tuple(str(item) for item in values if item is not None)
-    return ()
+def _merged(image: Picture, rows: Sequence[Row]) -> Record:
+    columns: dict[str, Any] = {}
+    text_columns: dict[str, tuple[Any, ...]] = {}
+    every_row_has_a_text = all(row.texts for row in rows)
+    for name in dict.fromkeys(name for row in rows for name in row.columns):
+        values = [row.columns.get(name) for row in rows]
+        if every_row_has_a_text and any(value != values[0] for value in values):
+            text_columns[name] = tuple(value for row, value in zip(rows, values, strict=True) for _ in row.texts)
+        else:
+            columns[name] = next(row.columns[name] for row in rows if name in row.columns)
+    texts = tuple(text for row in rows for text in row.texts)
+    labels = tuple(dict.fromkeys(label for row in rows for label in row.labels))
+    return Record(image, texts, labels, rows[0].split, columns, text_columns)
+
+
+def _missing(files: Sequence[str]) -> list[str]:
+    """Those that are no files, in order. Folders that many of them share are listed instead of asked."""
+    names: defaultdict[str, set[str]] = defaultdict(set)
+    for file in files:
+        folder, _, name = file.rpartition(os.sep)
+        names[folder].add(name)
+    there: dict[str, set[str]] = {}
+    for folder, wanted in names.items():
+        there[folder] = set()
+        if len(wanted) >= _LISTED and Path(folder).is_dir():
+            with os.scandir(folder) as entries:
+                there[folder] = {entry.name for entry in entries if entry.name in wanted and entry.is_file()}
+    split = ((file, *file.rpartition(os.sep)) for file in files)
+    return [file for file, folder, _, name in split if name not in there[folder] and not _is_file(file)]
+
+
+def _is_file(path: Path | str) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises where a name is too long, or a folder is closed
 
 
 def checksum(records: Sequence[Record]) -> str:
