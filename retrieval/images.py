@@ -23,12 +23,12 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Literal, cast, get_args
+from typing import IO, Any, BinaryIO, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,7 @@ from retrieval.errors import ImageError, ModelError
 # Telephones reach 108 megapixels in one shot and medium-format cameras 102; 128 take 512 MB once decoded, and several
 # threads decode at once. A PNG of a few kilobytes can claim a thousand times as much.
 MAX_PIXELS = 128_000_000
+MAX_BYTES = 2**30  # of a file that is read into memory whole; a larger one is no photo
 
 # Lower-case. Browsers on Windows save JPEG as .jfif, Canon and Sony call HEIC .hif.
 IMAGE_SUFFIXES = frozenset(
@@ -113,12 +114,28 @@ def read_photo(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> Photo:
     """
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), max_pixels)
+    with _opened(source) as stream:
+        return _decode(stream, max_pixels)
+
+
+def read_file(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """Read the bytes of a file that should be a picture, with the guard of :func:`read_photo`; raises ImageError."""
+    with _opened(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > max_bytes:
+            raise ImageError(f"{size / 2**20:,.0f} MB, more than the limit of {max_bytes // 2**20:,} MB")
+        return stream.read()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file, and nothing else; what the system refuses is an ImageError."""
     try:
-        mode = source.stat().st_mode
+        mode = path.stat().st_mode
         if not stat.S_ISREG(mode):  # not even opened: a pipe would block, a device may act on it
             raise ImageError("a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file")
-        with open(source, "rb", opener=_open_without_waiting) as stream:
-            return _decode(stream, max_pixels)
+        with open(path, "rb", opener=_open_without_waiting) as stream:
+            yield stream
     except OSError as error:
         raise ImageError(os_reason(error)) from error
     except ValueError as error:  # a NUL in the name

@@ -11,15 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from retrieval.errors import DataError, ImageError
+from retrieval.embedding import Progress, read_all
 from retrieval.images import Preprocessing, read_photo
-from retrieval.pairs import Record
-from retrieval.pipeline import map_ahead
-from retrieval.training.features import Progress
+from retrieval.pairs import Picture, Record
 from retrieval.training.towers import DualEncoder
 
 _AREA, _RATIO = (0.35, 1.0), (3 / 4, 4 / 3)  # of a crop: share of the picture, change of the sides' ratio
@@ -53,17 +51,12 @@ class TrainedTowers:
     def pictures(self, records: Sequence[Record], progress: Progress | None = None) -> list[Tensor]:
         """(N, H, W, 3) uint8, as search sees them; the one view that all others are drawn from."""
 
-        def prepare(record: Record) -> Image.Image | ImageError:
-            try:
-                return self.preprocessing.fit(read_photo(record.image).image)
-            except ImageError as error:
-                return ImageError(f"{record.image}: {error}")
+        def prepare(_: Picture, data: bytes) -> NDArray[np.uint8]:
+            return self.preprocessing.pixels([read_photo(data).image])
 
         rows = torch.empty((len(records), *self.preprocessing.size, 3), dtype=torch.uint8)
-        for number, (_, picture) in enumerate(map_ahead(prepare, records)):
-            if isinstance(picture, ImageError):
-                raise DataError(f"a picture of the training data cannot be read: {picture}")
-            rows[number] = torch.from_numpy(np.array(picture))
+        for number, pixels in enumerate(read_all(prepare, [record.image for record in records])):
+            rows[number] = torch.from_numpy(pixels)[0]
             if progress and (number + 1) % 64 == 0:
                 progress(number + 1, len(records))
         return [rows.to(self.device)]
