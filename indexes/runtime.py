@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 # From how many numbers in a batch of queries (rows × width) FAISS hands a flat search to BLAS. FAISS 1.15 waits for
@@ -20,6 +22,18 @@ def thread_count() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux: containers and taskset allow fewer than there are
         return len(os.sched_getaffinity(0)) or 1
     return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Keep matrix products in one thread each, for callers that bring threads of their own; it counts process-wide.
+
+    With more, the other threads of OpenBLAS spin between products and take the processor from whoever works there.
+    """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, user_api="blas"):
+        yield
 
 
 def faiss() -> Any:
