@@ -13,3 +13,11 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared data: {folder} is missing, DIPTYCH_DATA can name another folder")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Nothing is read from, or left in, the cache directory of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -38,9 +38,11 @@ def test_floors(shared_data, file, options, floors, pictures, texts):
         assert result["metrics"][name] >= floor
     recorded = Bundle.load(find_bundle("builtin")).training["scores"]
     prefix = {"flickr8k": "flickr8k", "coco": "coco", "labelled": "caltech101"}[file.split("/")[0]]
-    for name, value in result["metrics"].items():  # other processors round differently in the last bits
+    known = [name for name in result["metrics"] if f"{prefix}_{name}" in recorded]
+    assert len(known) >= 2
+    for name in known:  # other processors round differently in the last bits
         tolerance = 1.0 if name.endswith("rank") else 0.01
-        assert recorded[f"{prefix}_{name}"] == pytest.approx(value, abs=tolerance)
+        assert recorded[f"{prefix}_{name}"] == pytest.approx(result["metrics"][name], abs=tolerance)
 
 
 def test_the_readme_states_the_recorded_scores():

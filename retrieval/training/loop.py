@@ -26,7 +26,7 @@ from torch import Tensor
 from retrieval.bundle import IMAGE_FILE, MODEL_FILE, TEXT_FILE, TOKENIZER_FILE, Bundle
 from retrieval.encoders import find_bundle
 from retrieval.errors import DataError, ModelError, UsageError
-from retrieval.evaluation import classify, evaluate
+from retrieval.evaluation import classify, dataset_name, evaluate
 from retrieval.images import Preprocessing
 from retrieval.metrics import evaluate_retrieval
 from retrieval.onnx_encoder import OnnxEncoder
@@ -342,6 +342,7 @@ class _Run:
         self.random = np.random.default_rng(config.seed)
         self.batches = self._plan()
         self.total = len(self.batches)
+        self.step = 0
         heads = [*model.image.head.parameters(), *model.text.head.parameters()]
         groups = [
             {"params": heads, "weight_decay": config.weight_decay, "peak": config.learning_rate},
@@ -392,8 +393,8 @@ class _Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak"] * warm * (1 + math.cos(math.pi * done)) / 2
             loss = self._loss(self._batch(source, rows))
-            if not torch.isfinite(loss):
-                raise DataError(f"the loss is no number any more at step {step}: try a lower --lr")
+            self.step = step
+            self._check_finite(loss)
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
@@ -465,9 +466,14 @@ class _Run:
         self.model.eval()
         pictures = self.model.image.head(self.towers.image_features(val.views[0]))
         texts = self.model.text.head(self.towers.text_features(val.texts))
+        self._check_finite(pictures, texts)
         owner = np.repeat(np.arange(len(pictures)), np.diff(val.first))
         measured = evaluate_retrieval(pictures.cpu().numpy(), texts.cpu().numpy(), owner)
-        return {f"val_{key}": value for key, value in measured.items()}
+        return {f"val_{key}": value for key, value in measured.items() if "hit@" in key or "median" in key}
+
+    def _check_finite(self, *values: Tensor) -> None:
+        if not all(bool(torch.isfinite(value).all()) for value in values):
+            raise DataError(f"the loss is no number any more at step {self.step}: try a lower --lr")
 
     def interpolate(self) -> list[dict[str, float]]:
         """Mix the starting weights back in (WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903), as validation likes best.
@@ -542,6 +548,5 @@ def _measure(config: TrainConfig, bundle: Bundle) -> dict[str, float]:
         file = Path(config.data) / test.pairs
         measure = classify if test.task == "classification" else evaluate
         result = measure(encoder, read_pairs(file, test.split))
-        name = file.stem if file.stem != "captions" else file.parent.name
-        scores |= {f"{name}_{key}": value for key, value in result.metrics.items()}
+        scores |= {f"{dataset_name(file)}_{key}": value for key, value in result.metrics.items()}
     return scores

@@ -8,15 +8,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retrieval import evaluation
-from retrieval.errors import DataError
-from retrieval.evaluation import PROMPT, class_vectors, classify, encode_files, evaluate
+from retrieval.errors import DataError, UsageError
+from retrieval.evaluation import (
+    PROMPT,
+    Settings,
+    class_vectors,
+    classify,
+    clip_benchmark_result,
+    dataset_name,
+    evaluate,
+    trec_qrels,
+    trec_run,
+    write_lines,
+)
+from retrieval.metrics import evaluate_retrieval
 from retrieval.pairs import Record, checksum, read_pairs
 from tests.fakes import COLOURS, ColourEncoder
 
 
 class Colours(ColourEncoder):
     """Reads words with a full stop behind them, as prompts have."""
+
+    fingerprint = "colours-with-stops"
 
     def encode_texts(self, texts):
         return super().encode_texts([text.replace(".", " ") for text in texts])
@@ -59,18 +72,27 @@ def hand_worked(paint):
 
 def test_retrieval_by_hand(paint):
     records = hand_worked(paint)
-    result = evaluate(Colours(), records, ks=(1, 2, 3))
-    assert result.metrics == {
-        "t2i_hit@1": pytest.approx(2 / 5),
-        "t2i_hit@2": pytest.approx(4 / 5),
+    result = evaluate(Colours(), records, Settings(ks=(1, 2, 3)))
+    expected = {  # text ranks 1 2 1 2 3; of red's texts 1 and 3, of green's 1 and 3, of blue's 2
+        "t2i_hit@1": 2 / 5,
+        "t2i_hit@2": 4 / 5,
         "t2i_hit@3": 1.0,
+        "t2i_recall@1": 2 / 5,
+        "t2i_r_precision": 2 / 5,
+        "t2i_map": (1 + 1 / 2 + 1 + 1 / 2 + 1 / 3) / 5,
+        "t2i_mrr": (1 + 1 / 2 + 1 + 1 / 2 + 1 / 3) / 5,
+        "t2i_ndcg@2": (1 + 1 / np.log2(3) + 1 + 1 / np.log2(3) + 0) / 5,
+        "t2i_mean_rank": 9 / 5,
         "t2i_median_rank": 2.0,
-        "i2t_hit@1": pytest.approx(2 / 3),
+        "i2t_hit@1": 2 / 3,
         "i2t_hit@2": 1.0,
         "i2t_hit@3": 1.0,
+        "i2t_mean_rank": 4 / 3,
         "i2t_median_rank": 1.0,
+        "rsum": 2 / 5 + 1 + 1 + 2 / 3 + 1 + 1,
     }
-    assert (result.task, result.model, result.fingerprint) == ("retrieval", "colours", "colours-1")
+    assert {name: result.metrics[name] for name in expected} == pytest.approx(expected)
+    assert (result.task, result.model, result.fingerprint) == ("retrieval", "colours", "colours-with-stops")
     assert (result.images, result.texts, result.checksum, result.note) == (4, 5, checksum(records), "")
 
 
@@ -80,12 +102,17 @@ def test_a_distractor_counts(paint):
 
 
 def test_numbers_are_plain_and_keys_those_of_the_design(paint):
-    metrics = evaluate(Colours(), hand_worked(paint)).metrics
-    assert list(metrics) == [
-        f"{way}_{name}" for way in ("t2i", "i2t") for name in ("hit@1", "hit@5", "hit@10", "median_rank")
-    ]
-    assert all(type(value) is float for value in metrics.values())
-    json.dumps(metrics)
+    result = evaluate(Colours(), hand_worked(paint), Settings(bootstrap=20, slices=("caption-length",)))
+    at_k = [f"{name}@{k}" for name in ("hit", "recall", "ndcg") for k in (1, 5, 10)]
+    plain = ["r_precision", "map", "mrr", "mean_rank", "median_rank"]
+    names = [f"{way}_{name}" for way in ("t2i", "i2t") for name in (*at_k, *plain)] + ["rsum"]
+    assert sorted(result.metrics) == sorted(names)
+    assert sorted(result.intervals) == sorted(names)
+    fields = json.loads(json.dumps(result.to_json()))
+    assert all(type(value) is float for value in fields["metrics"].values())
+    for name, (low, high) in fields["intervals"].items():
+        assert low <= fields["metrics"][name] <= high, name
+    assert "details" not in fields
 
 
 def test_the_order_of_the_pictures_does_not_matter(paint):
@@ -111,10 +138,17 @@ def seven(paint):
 
 def test_classification_by_hand(paint):
     records = seven(paint)
-    result = classify(Colours(), records)
-    assert result.metrics == {"top1": pytest.approx(5 / 7), "top5": pytest.approx(6 / 7)}
+    result = classify(Colours(), records, Settings(bootstrap=50))
+    assert result.metrics["top1"] == pytest.approx(5 / 7)
+    assert result.metrics["top5"] == pytest.approx(6 / 7)
+    # of each class: dark_blue 0/1, green 1/1, green_yellow 1/1, red 2/2, red_red_blue 1/1, white 0/1, yellow 1/1
+    assert result.metrics["mean_per_class"] == pytest.approx(5 / 7)
+    assert list(result.intervals) == ["top1", "top5", "mean_per_class"]
     assert (result.task, result.images, result.texts, result.note) == ("classification", 7, 7, "")
     assert result.checksum == checksum(records)
+    names, confusion = result.details.names, result.details.result.confusion
+    assert confusion.sum() == 7
+    assert confusion[names.index("white"), names.index("dark_blue")] == 1
 
 
 def test_caltech_s_background_is_left_out_and_the_note_says_so(paint):
@@ -171,26 +205,13 @@ def test_prompts_decide(paint):
         Record(paint("x.png", (1, 0.2, 0.9)), labels=("red",)),
         Record(paint("y.png", "white"), labels=("white",)),
     ]
-    assert classify(Colours(), records, ["{name}"]).metrics["top1"] == 0.5  # nearer to white than to red
-    assert classify(Colours(), records, ["{name} blue"]).metrics["top1"] == 1.0
+    for place in ("{name}", "{c}", "{}"):
+        one, blue = Settings(prompts=[place]), Settings(prompts=[f"{place} blue"])
+        assert classify(Colours(), records, one).metrics["top1"] == 0.5  # nearer to white than to red
+        assert classify(Colours(), records, blue).metrics["top1"] == 1.0
 
 
 # ---- pictures and errors ---------------------------------------------------------------------------------------------
-
-
-def test_files_are_encoded_in_order_across_batches(paint, monkeypatch):
-    random = np.random.default_rng(0)
-    paths = [paint(f"{i:02}.png", random.random(3)) for i in range(11)]
-    expected = Colours().encode_images([Image.open(path) for path in paths])
-    told = []
-    for batch in (1, 4, 11, 64):
-        monkeypatch.setattr(evaluation, "_BATCH", batch)
-        told.clear()
-        vectors = encode_files(Colours(), paths, lambda done, total: told.append((done, total)))
-        np.testing.assert_array_equal(vectors, expected)
-        assert told[-1] == (11, 11)
-        assert told == sorted(told)
-    assert encode_files(Colours(), []).shape == (0, 3)
 
 
 def test_unreadable_pictures_are_counted_and_the_first_is_named(paint, tmp_path):
@@ -219,8 +240,265 @@ def test_nothing_to_measure(paint):
 def test_from_a_pairs_file(paint, tmp_path):
     """The same numbers by way of the file that a user writes."""
     lines = [{"image": r.image.name, "captions": list(r.texts), "split": "test"} for r in hand_worked(paint)]
-    lines.append({"image": "red.png", "captions": ["blue"], "split": "train"})
+    lines.append({"image": paint("other.png", "red").name, "captions": ["blue"], "split": "train"})
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert evaluate(Colours(), read_pairs(tmp_path / "pairs.jsonl", "test")).metrics["t2i_hit@1"] == pytest.approx(
         2 / 5
     )
+
+
+# ---- ties, several pictures for a caption, slices, another model -----------------------------------------------------
+
+
+def test_ties_by_hand(paint):
+    records = [Record(paint("a.png", "red"), ("red",)), Record(paint("b.png", "red")), Record(paint("c.png", "red"))]
+    rank = {
+        ties: evaluate(Colours(), records, Settings(ties=ties)).metrics["t2i_mean_rank"]
+        for ties in ("pessimistic", "mean")
+    }
+    assert rank == {"pessimistic": 3.0, "mean": 2.0}
+
+
+def test_equal_captions_of_two_pictures(paint):
+    """As papers count: two queries, each with one right picture. Merged: one query with two."""
+    records = [
+        Record(paint("a.png", "red"), ("red", "green")),
+        Record(paint("b.png", (1, 0.2, 0)), ("red",)),
+        Record(paint("c.png", "green"), ("green green",)),
+    ]
+    apart = evaluate(Colours(), records)
+    assert (apart.texts, apart.metrics["t2i_recall@1"]) == (4, 2 / 4)  # "red" finds a, which is wrong for b
+    merged = evaluate(Colours(), records, Settings(ks=(1, 2), merge_captions=True))
+    assert (merged.texts, merged.images) == (3, 3)
+    assert merged.metrics["t2i_hit@1"] == pytest.approx(2 / 3)
+    assert merged.metrics["t2i_recall@1"] == pytest.approx((0.5 + 0 + 1) / 3)
+    assert merged.metrics["t2i_recall@2"] == pytest.approx((1 + 0 + 1) / 3)
+    assert len(list(trec_qrels(merged))) == 2 * 4
+
+
+def sliced(records, column, **settings):
+    result = evaluate(Colours(), records, Settings(slices=(column,), **settings))
+    return {part.name: (part.images, part.texts, part.metrics) for part in result.slices}
+
+
+def test_slices_are_parts_of_the_queries_ranked_among_everything(paint):
+    records = [
+        Record(
+            paint("red.png", "red"), ("red", "red red green"), ("warm",), columns={"place": "indoors", "year": 2020}
+        ),
+        Record(
+            paint("green.png", "green"), ("green", "green blue blue blue"), ("cold",), columns={"place": "outdoors"}
+        ),
+        Record(paint("blue.png", "blue"), ("blue green green",), ("cold", "deep"), columns={"place": "outdoors"}),
+        Record(paint("yellow.png", "yellow"), columns={"place": ""}),
+    ]
+    parts = sliced(records, "place")
+    assert [(name, *part[:2]) for name, part in parts.items()] == [("place=outdoors", 2, 3), ("place=indoors", 1, 2)]
+    assert parts["place=indoors"][2]["t2i_mean_rank"] == pytest.approx((1 + 2) / 2)  # yellow still stands before red
+    assert parts["place=outdoors"][2]["t2i_mean_rank"] == pytest.approx((1 + 2 + 3) / 3)
+    assert parts["place=outdoors"][2]["i2t_mean_rank"] == pytest.approx((1 + 2) / 2)
+    labels = sliced(records, "label")
+    assert {name: part[:2] for name, part in labels.items()} == {
+        "label=cold": (2, 3),
+        "label=warm": (1, 2),
+        "label=deep": (1, 1),
+    }
+    assert [(name, *part[:2]) for name, part in sliced(records, "year").items()] == [("year=2020", 1, 2)]
+    lengths = sliced(records, "caption-length")
+    assert {name: part[:2] for name, part in lengths.items()} == {
+        "caption-length=1": (0, 2),
+        "caption-length=3": (0, 2),
+        "caption-length=4": (0, 1),
+    }
+    assert lengths["caption-length=3"][2]["t2i_mean_rank"] == pytest.approx((2 + 3) / 2)
+    assert not any(name.startswith("i2t") or name == "rsum" for name in lengths["caption-length=3"][2])
+
+
+def test_a_column_of_many_numbers_is_sliced_in_quarters(paint):
+    records = [Record(paint("red.png", "red"), ("red",), columns={"n": n}) for n in range(12)]
+    assert list(sliced(records, "n")) == ["n=0-2", "n=3-5", "n=6-8", "n=9-11"]
+    assert sum(part[0] for part in sliced(records, "n").values()) == 12
+
+
+def test_a_column_that_differs_between_captions(paint):
+    records = [
+        Record(paint("red.png", "red"), ("red", "red red green"), text_columns={"language": ("en", "de")}),
+        Record(paint("green.png", "green"), ("green",), text_columns={"language": ("en",)}),
+        Record(paint("yellow.png", "yellow")),
+    ]
+    parts = sliced(records, "language")
+    assert {name: part[:2] for name, part in parts.items()} == {"language=en": (0, 2), "language=de": (0, 1)}
+    assert parts["language=de"][2]["t2i_mean_rank"] == 2.0
+    with pytest.raises(UsageError, match=r"language differs between captions: .* merged"):
+        sliced([*records, Record(paint("x.png", "red"), ("red",))], "language", merge_captions=True)
+
+
+def test_an_unknown_slice_names_the_known_ones(paint):
+    records = [Record(paint("red.png", "red"), ("red",), columns={"place": "here"})]
+    with pytest.raises(UsageError, match=r"no column 'plaice' .*: known are caption-length, label, place"):
+        sliced(records, "plaice")
+
+
+def test_slices_of_classification(paint):
+    records = [
+        Record(paint("a.png", "red"), labels=("red",), columns={"light": "day"}),
+        Record(paint("b.png", "red"), labels=("blue",), columns={"light": "night"}),
+    ]
+    result = classify(Colours(), records, Settings(slices=("light",)))
+    assert {part.name: part.metrics["top1"] for part in result.slices} == {"light=day": 1.0, "light=night": 0.0}
+
+
+class Swapped(Colours):
+    """Takes red for green in pictures."""
+
+    name, fingerprint = "swapped", "colours-swapped"
+
+    def encode_images(self, images):
+        return super().encode_images(images)[:, [1, 0, 2]]
+
+
+def test_comparison_with_another_model(paint):
+    records = hand_worked(paint)[:3]
+    result = evaluate(Colours(), records, Settings(bootstrap=200), other=Swapped())
+    alone = evaluate(Swapped(), records)
+    comparison = result.comparison
+    assert comparison.other.model == "swapped"
+    assert comparison.other.metrics == alone.metrics
+    for name, change in comparison.differences.items():
+        assert change == pytest.approx(result.metrics[name] - alone.metrics[name])
+        low, high = comparison.intervals[name]
+        assert low <= change <= high
+    assert comparison.differences["t2i_hit@1"] > 0
+    same = evaluate(Colours(), records, Settings(bootstrap=50), other=Colours()).comparison
+    assert set(same.intervals.values()) == {(0.0, 0.0)}  # paired: the same model never differs, whatever is drawn
+    fields = result.to_json()["comparison"]
+    assert fields["differences"] == comparison.differences
+    assert fields["fingerprint"] == "colours-swapped"
+
+
+def test_comparison_of_classification(paint):
+    result = classify(Colours(), seven(paint), Settings(bootstrap=50), other=Swapped())
+    assert result.comparison.differences["top1"] == pytest.approx(
+        5 / 7 - classify(Swapped(), seven(paint)).metrics["top1"]
+    )
+    assert list(result.comparison.intervals) == ["top1", "top5", "mean_per_class"]
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_evaluation_encodes_nothing_and_says_the_same(paint, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    encoder, records = Colours(), hand_worked(paint)
+    first = evaluate(encoder, records)
+    assert encoder.encoded == 4
+    second = evaluate(encoder, records)
+    assert encoder.encoded == 4
+    assert second.to_json() == first.to_json()
+    evaluate(encoder, records, Settings(cached=False))
+    assert encoder.encoded == 8
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_does_no_harm(paint, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    expected = evaluate(Colours(), hand_worked(paint), Settings(cached=False))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    result = evaluate(Colours(), hand_worked(paint))
+    assert result.metrics == expected.metrics
+    assert "vectors are not kept for the next time" in result.note
+
+
+# ---- other people's formats ------------------------------------------------------------------------------------------
+
+
+def test_clip_benchmark_s_json(paint):
+    class Pretrained(Colours):
+        name = "ViT-B-32/laion2b"
+
+    result = evaluate(Pretrained(), hand_worked(paint), Settings(ks=(1, 5)))
+    assert clip_benchmark_result(result, "colours") == {
+        "dataset": "colours",
+        "model": "ViT-B-32",
+        "pretrained": "laion2b",
+        "task": "zeroshot_retrieval",
+        "metrics": {
+            "image_retrieval_recall@1": result.metrics["t2i_hit@1"],
+            "image_retrieval_recall@5": result.metrics["t2i_hit@5"],
+            "text_retrieval_recall@1": result.metrics["i2t_hit@1"],
+            "text_retrieval_recall@5": result.metrics["i2t_hit@5"],
+        },
+        "language": "en",
+    }
+    single = [record for record in seven(paint) if len(record.labels) == 1]
+    named = clip_benchmark_result(classify(Colours(), single), "seven")
+    assert (named["task"], named["pretrained"]) == ("zeroshot_classification", "")
+    assert named["metrics"] == {
+        "acc1": pytest.approx(4 / 6),
+        "acc5": pytest.approx(5 / 6),
+        "mean_per_class_recall": pytest.approx(4 / 6),
+    }
+    few = clip_benchmark_result(classify(Colours(), single[:2]), "two")
+    assert np.isnan(few["metrics"]["acc5"])
+    several = clip_benchmark_result(classify(Colours(), seven(paint)), "several")
+    assert list(several["metrics"]) == ["mean_average_precision"]
+
+
+def test_a_run_and_its_judgements_give_the_same_measures(paint, tmp_path):
+    """Read back as trec_eval does: by query, sorted by score."""
+    result = evaluate(Colours(), hand_worked(paint), Settings(ks=(1, 2)))
+    write_lines(trec_run(result), tmp_path / "run")
+    right, found = {}, {}
+    for line in trec_qrels(result):
+        query, zero, document, relevance = line.split()
+        assert (zero, relevance) == ("0", "1")
+        right.setdefault(query, set()).add(document)
+    for line in (tmp_path / "run").read_text().splitlines():
+        query, q0, document, rank, score, tag = line.split()
+        assert (q0, tag) == ("Q0", "colours")
+        found.setdefault(query, []).append((int(rank), -float(score), document))
+    assert set(found) == set(right)
+    reciprocal = {"t2i": [], "i2t": []}
+    for query, rows in found.items():
+        assert rows == sorted(rows)
+        assert [rank for rank, *_ in rows] == list(range(1, len(rows) + 1))
+        ranks = [rank for rank, _, document in rows if document in right[query]]
+        reciprocal[query[:3]].append(1 / min(ranks))
+    for way, values in reciprocal.items():
+        assert result.metrics[f"{way}_mrr"] == pytest.approx(np.mean(values))
+    assert "t2i:red.png#1" in found
+    assert "i2t:yellow.png" not in found
+    assert len(list(trec_run(result, depth=1))) == 5 + 3
+
+
+def test_names_in_runs_have_no_space_and_no_twin(paint, tmp_path):
+    (tmp_path / "b").mkdir()
+    records = [Record(paint("a b.png", "red"), ("red",)), Record(paint("b/a b.png", "green"), ("green",))]
+    lines = [line.split() for line in trec_run(evaluate(Colours(), records))]
+    assert {len(line) for line in lines} == {6}
+    assert {line[0] for line in lines} == {
+        "t2i:0-a%20b.png#0",
+        "t2i:1-a%20b.png#0",
+        "i2t:0-a%20b.png",
+        "i2t:1-a%20b.png",
+    }
+
+
+def test_no_run_of_a_classification(paint):
+    with pytest.raises(UsageError, match="--task retrieval"):
+        next(trec_run(classify(Colours(), seven(paint))))
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_lines(iter(["x"]), paint("d.png", "red").parent / "no" / "run")
+
+
+def test_what_data_are_called(tmp_path):
+    assert dataset_name(tmp_path / "flickr8k" / "captions.jsonl") == "flickr8k"
+    assert dataset_name(tmp_path / "caltech101.jsonl") == "caltech101"
+
+
+def test_the_arrays_behind_it_give_the_same_numbers(paint):
+    """The one call for people with arrays of their own."""
+    result = evaluate(Colours(), hand_worked(paint), Settings(bootstrap=30))
+    details = result.details
+    scores = evaluate_retrieval(details.image_vectors, details.text_vectors, details.owner, bootstrap=30)
+    assert dict(scores) == result.metrics
+    assert scores.intervals == result.intervals

@@ -25,6 +25,7 @@ from retrieval.onnx_encoder import OnnxEncoder  # noqa: E402
 from retrieval.pairs import read_pairs  # noqa: E402
 from retrieval.training import config as recipes  # noqa: E402
 from retrieval.training import features, loop  # noqa: E402
+from retrieval.training.pictures import TrainedTowers  # noqa: E402
 
 COLOURS, SHAPES = ("red", "green", "blue", "yellow", "black"), ("circle", "square", "triangle", "cross")
 
@@ -122,7 +123,9 @@ def test_the_numbers_are_those_of_the_bundle_that_was_written(world, trained):
     records = read_pairs(world.pairs, "val")
     for model, prefix in ((find_bundle("builtin"), "before_val_"), (trained.output, "val_")):
         again = evaluate(OnnxEncoder(Bundle.load(model)), records).metrics
-        for key, value in again.items():
+        told = {key: value for key, value in again.items() if prefix + key in trained.printed["metrics"]}
+        assert {"t2i_hit@1", "i2t_hit@10", "t2i_median_rank"} <= set(told)
+        for key, value in told.items():
             tolerance = 1 if key.endswith("rank") else 0.1  # a near tie may fall either way: one or two of 20
             assert trained.printed["metrics"][prefix + key] == pytest.approx(value, abs=tolerance), key
 
@@ -192,7 +195,7 @@ def test_a_run_continues_from_a_run_and_encodes_nothing_anew(world, trained, tmp
     assert end.score_scale == pytest.approx(start.score_scale, rel=0.05)
 
 
-def test_a_changed_picture_is_encoded_anew_and_only_its_source(world, frozen, tmp_path, monkeypatch):
+def test_a_changed_picture_is_encoded_anew_and_no_other(world, frozen, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(world.pairs.parent, tmp_path / "drawings")
     records = read_pairs(tmp_path / "drawings" / "pairs.jsonl")[:4]
@@ -207,24 +210,46 @@ def test_a_changed_picture_is_encoded_anew_and_only_its_source(world, frozen, tm
     np.testing.assert_array_equal(first, again)
     Image.new("RGB", (50, 50), "orange").save(records[1].image)
     changed = features.image_features(frozen, records, "clean")
-    assert counted == [4, 4]
+    assert counted == [4, 1]
     assert [np.array_equal(a, b) for a, b in zip(first, changed, strict=True)] == [True, False, True, True]
-    features.image_features(frozen, records, "crop1")  # another view is another entry
-    assert counted == [4, 4, 4]
-    shutil.move(tmp_path / "drawings", tmp_path / "moved" / "drawings")  # the same data in another place is the same
-    moved = read_pairs(tmp_path / "moved" / "drawings" / "pairs.jsonl")[:4]
-    np.testing.assert_array_equal(features.image_features(frozen, moved, "clean"), changed)
-    assert counted == [4, 4, 4]
+    views = {view: features.image_features(frozen, records, view) for view in ("flip", "crop1", "crop2")}
+    assert counted == [4, 1, 4, 4, 4]  # each view is kept on its own
+    place = tmp_path / "moved" / tmp_path.name  # a crop's name goes two folders up
+    shutil.move(tmp_path / "drawings", place / "drawings")  # the same data in another place is the same
+    moved = read_pairs(place / "drawings" / "pairs.jsonl")[:4]
+    for view, expected in {"clean": changed, **views}.items():
+        np.testing.assert_array_equal(features.image_features(frozen, moved, view), expected)
+    assert counted == [4, 1, 4, 4, 4]
+    renamed = loop.replace(moved[0], image=moved[0].image.rename(moved[0].image.with_name("other.png")))
+    features.image_features(frozen, [renamed], "flip")
+    assert counted == [4, 1, 4, 4, 4]
+    features.image_features(frozen, [renamed], "crop1")  # crops are drawn from the name
+    assert counted == [4, 1, 4, 4, 4, 1]
 
 
-def test_the_cache_survives_a_failure_in_the_middle(world, frozen, tmp_path, monkeypatch):
+def test_sentences_of_towers_that_have_another_width(world, frozen, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    texts = ["a red circle", "a blue cross", "a red circle"]
+    first = features.text_features(frozen, texts)
+    assert first.shape == (3, 384)
+    monkeypatch.setattr(OnnxEncoder, "encode_texts", None)
+    np.testing.assert_array_equal(features.text_features(frozen, texts), first)
+
+
+def test_a_failure_in_the_middle_is_counted(world, frozen, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     broken = tmp_path / "broken.png"
     broken.write_bytes((world.pairs.parent / "00.png").read_bytes()[:50])
     good = read_pairs(world.pairs)[:2]
-    with pytest.raises(DataError, match=r"a picture of the training data cannot be read: .*broken\.png: truncated"):
-        features.image_features(frozen, [*good, loop.replace(good[0], image=broken)], "clean")
-    assert [file for file in features.cache_folder().rglob("*") if file.is_file()] == []
+    records = [good[0], loop.replace(good[0], image=broken), loop.replace(good[0], image=tmp_path), good[1]]
+    trained = SimpleNamespace(preprocessing=frozen.preprocessing, device=torch.device("cpu"))
+    message = r"2 of 4 pictures cannot be read, the first: .*broken\.png: truncated"
+    with pytest.raises(DataError, match=message):
+        features.image_features(frozen, records, "clean")
+    with pytest.raises(DataError, match=message):
+        TrainedTowers.pictures(trained, records)
+    (rows,) = TrainedTowers.pictures(trained, good)
+    np.testing.assert_array_equal(rows, frozen.preprocessing.pixels([Image.open(record.image) for record in good]))
 
 
 # ---- which rows meet in a batch --------------------------------------------------------------------------------------
