@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from retrieval.evaluation import Evaluation
+    from retrieval.evaluation import Comparison, Evaluation
     from retrieval.library import IndexReport, Library, Match, Term
 
 _SHOWN_FAILURES = 20
@@ -70,20 +70,24 @@ def progress(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         yield advance
 
 
-def _print_table(table: Table) -> None:
+def _print_table(table: Table, title: str = "") -> None:
     from rich.console import Console
+    from rich.text import Text
 
-    Console().print(table)
+    console = Console()
+    if title:
+        console.print(Text(f" {title}"))  # a table's own title is broken at the table's width
+    console.print(table)
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
+def _table(*columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     for column in columns:
         table.add_column(
-            column, justify="left" if column in ("path", "name", "measure", "") else "right", overflow="fold"
+            column, justify="left" if column in ("path", "name", "measure", "slice", "") else "right", overflow="fold"
         )
     return table
 
@@ -160,12 +164,77 @@ def index_report(report: IndexReport, library: Library, created: bool) -> None:
 
 
 def evaluation(result: Evaluation) -> None:
-    """A table of an evaluation's measures."""
+    """The measures, with intervals; then the slices, and the other model. TSV on a pipe: name, value, low, high."""
     what = "classes" if result.task == "classification" else "captions"
     title = f"{result.model}: {result.images:,} pictures, {result.texts:,} {what} (checksum {result.checksum[:12]})"
-    metrics(result.metrics, title)
+    if sys.stdout.isatty():
+        _measures_table(title, result.metrics, result.intervals)
+        if result.slices:
+            _slices_table(result)
+        if result.comparison:
+            _comparison_table(result.comparison, result)
+    else:
+        _measures_tsv("", result.metrics, result.intervals)
+        for part in result.slices:
+            _measures_tsv(f"{part.name}:", part.metrics, part.intervals)
+        if result.comparison:
+            _measures_tsv("other:", result.comparison.other.metrics, result.comparison.other.intervals)
+            _measures_tsv("difference:", result.comparison.differences, result.comparison.intervals)
+        note(title)
     if result.note:
         note(result.note)
+
+
+_WAYS = {"t2i": "text to image", "i2t": "image to text"}
+Intervals = Mapping[str, tuple[float, float]]
+
+
+def _measures_tsv(prefix: str, values: Mapping[str, float], intervals: Intervals) -> None:
+    for name, value in values.items():
+        ends = "".join(f"\t{end:.4f}" for end in intervals.get(name, ()))
+        sys.stdout.write(f"{_printable(prefix + name)}\t{value:.4f}{ends}\n")
+
+
+def _measures_table(title: str, values: Mapping[str, float], intervals: Intervals) -> None:
+    """One row for each measure, one column for each direction."""
+    ways = [way for way in _WAYS if any(name.startswith(f"{way}_") for name in values)]
+    table = _table("measure", *([_WAYS[way] for way in ways] or ["value"]))
+    if ways:
+        for name in (name.removeprefix(f"{ways[0]}_") for name in values if name.startswith(f"{ways[0]}_")):
+            table.add_row(name, *(_with_interval(f"{way}_{name}", values, intervals) for way in ways))
+    for name in values:
+        if name.partition("_")[0] not in _WAYS:
+            table.add_row(name, _with_interval(name, values, intervals))
+    _print_table(table, title)
+
+
+def _slices_table(result: Evaluation) -> None:
+    shown = [name for name in ("t2i_hit@1", "t2i_hit@10", "i2t_hit@1", "i2t_hit@10", "top1") if name in result.metrics]
+    table = _table("slice", "pictures", "texts", *shown)
+    for part in result.slices:
+        values = [_with_interval(name, part.metrics, part.intervals) if name in part.metrics else "" for name in shown]
+        table.add_row(_printable(part.name), f"{part.images:,}", f"{part.texts:,}", *values)
+    _print_table(table)
+
+
+def _comparison_table(comparison: Comparison, result: Evaluation) -> None:
+    table = _table("measure", result.model, comparison.other.model, "difference", "")
+    for name, change in comparison.differences.items():
+        low, high = comparison.intervals.get(name, (change, change))
+        sure = "" if low <= 0 <= high else "beyond chance"
+        this, that = (_value(name, one.metrics[name]) for one in (result, comparison.other))
+        table.add_row(name, this, that, _with_interval(name, comparison.differences, comparison.intervals, "+"), sure)
+    _print_table(table)
+
+
+def _with_interval(name: str, values: Mapping[str, float], intervals: Intervals, sign: str = "") -> str:
+    ends = " … ".join(_value(name, end, sign) for end in intervals.get(name, ()))
+    return f"{_value(name, values[name], sign)}  ({ends})" if ends else _value(name, values[name], sign)
+
+
+def _value(name: str, value: float, sign: str = "") -> str:
+    """Ranks and sums as they are, shares in percent."""
+    return f"{value:{sign}.4g}" if name.endswith("rank") or name == "rsum" else f"{100 * value:{sign}.1f}"
 
 
 def metrics(values: Mapping[str, float], title: str) -> None:
@@ -174,10 +243,10 @@ def metrics(values: Mapping[str, float], title: str) -> None:
         for name, value in values.items():
             sys.stdout.write(f"{name}\t{value:.4f}\n")
         return
-    table = _table("measure", "value", title=title)
+    table = _table("measure", "value")
     for name, value in values.items():
-        table.add_row(name, f"{value:.4g}" if name.endswith("rank") else f"{100 * value:.1f} %")
-    _print_table(table)
+        table.add_row(name, _value(name, value))
+    _print_table(table, title)
 
 
 def facts(values: Mapping[str, Any]) -> None:
