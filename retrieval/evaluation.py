@@ -94,6 +94,7 @@ class Evaluation:
     details: RetrievalDetails | ClassificationDetails
     slices: tuple[Slice, ...] = ()
     comparison: Comparison | None = None
+    ties: Ties = "pessimistic"
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -105,6 +106,7 @@ class Evaluation:
             "images": self.images,
             "texts": self.texts,
             "checksum": self.checksum,
+            "ties": self.ties,
             "metrics": dict(self.metrics),
             "intervals": _lists(self.intervals),
         }
@@ -198,6 +200,7 @@ def evaluate(
             intervals=scores.intervals,
             details=RetrievalDetails(records, texts, owner, image_rows, text_rows, *vectors, ranking),
             slices=parts,
+            ties=settings.ties,
             note=problem,
         ), scores
 
