@@ -346,15 +346,35 @@ def train(
     ] = Path("run"),
     model: Annotated[str, typer.Option(help="The bundle to train further.")] = "builtin",
     config: Annotated[Path | None, typer.Option(help="A recipe (TOML) instead of PAIRS and the options below.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with a run that was ended, and with nothing else.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="The folder that a recipe's paths are relative to.")] = None,
     epochs: Annotated[float | None, typer.Option(min=0.001, help="Passes over the data.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Pairs a step.")] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            help="What learns: heads, all, last-N blocks, image or text (the other tower locked), lora.",
+            show_default="heads",
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="infonce, sigmoid, triplet, multi-positive, …", show_default="infonce")
+    ] = None,
+    guard: Annotated[
+        list[Path] | None,
+        typer.Option(help="Pairs (or, with labels alone, classes) on which the model must not get worse."),
+    ] = None,
+    max_loss: Annotated[
+        float | None, typer.Option(min=0.0, help="How far a score of the guard may fall.", show_default="0.01")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of every random number.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Train the projections of a bundle on your own pairs (contrastively, towers frozen); the result is a bundle."""
+    """Train a bundle further on your own pairs, contrastively; the result is a bundle. A kill costs two minutes."""
     try:
         from retrieval.training import config as recipes
         from retrieval.training import loop
@@ -364,19 +384,29 @@ def train(
         from retrieval.errors import MissingExtra
 
         raise MissingExtra("training", "'diptych[torch]'") from error
-    if bool(pairs) == bool(config):
-        raise typer.BadParameter("give PAIRS, or a recipe with --config")
+    if sum(map(bool, (pairs, config, resume))) != 1:
+        raise typer.BadParameter("give PAIRS, or a recipe with --config, or a run to --resume")
     changes = {
         "epochs": epochs,
         "learning_rate": learning_rate,
         "batch_size": batch_size,
+        "train": train,
+        "objective": objective,
+        "guard": recipes.guards(guard) if guard else None,
+        "max_loss": max_loss,
         "seed": seed,
         "device": device,
     }
-    settings = recipes.load_config(config, data) if config else recipes.config_for(pairs or [], model)
-    settings = recipes.with_changes(settings, {key: value for key, value in changes.items() if value is not None})
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if resume and changes:
+        raise typer.BadParameter(f"a run goes on as it began: leave out {', '.join(changes)}", param_hint="--resume")
     with render.progress("training", "steps") as advance:
-        result = loop.train(settings, output, progress=advance, note=render.note)
+        if resume:
+            output, result = resume, loop.resume(resume, progress=advance, note=render.note)
+        else:
+            settings = recipes.load_config(config, data) if config else recipes.config_for(pairs or [], model)
+            settings = recipes.with_changes(settings, changes)
+            result = loop.train(settings, output, progress=advance, note=render.note)
     if json:
         render.json_out({"model": str(output), "metrics": result})
     else:

@@ -335,14 +335,7 @@ def classify(
     :func:`retrieval.metrics.evaluate_classification`; arguments and errors as in :func:`evaluate`.
     """
     settings = settings or Settings()
-    kept = [record for record in records if record.labels and not set(record.labels) & set(BACKGROUND_LABELS)]
-    if not kept:
-        raise DataError("none of these pictures has a label: for captions use --task retrieval")
-    names = class_names(kept)
-    column = {name: i for i, name in enumerate(names)}
-    right = np.zeros((len(kept), len(names)), np.bool_)
-    for row, record in enumerate(kept):
-        right[row, [column[label] for label in record.labels]] = True
+    kept, names, right = labelled(records)
     left_out = len(records) - len(kept)
     note = f"{left_out} pictures without a nameable label left out ({', '.join(BACKGROUND_LABELS)})" if left_out else ""
     slices = [(name, of) for name, of, _ in _slices(kept, [], np.empty(0, np.int64), settings.slices) if of.any()]
@@ -373,6 +366,19 @@ def classify(
         ), scores
 
     return _compared(measured, encoder, other)
+
+
+def labelled(records: Sequence[Record]) -> tuple[list[Record], list[str], NDArray[np.bool_]]:
+    """The N records that have a nameable label, the C names, and which are right (N, C). DataError without any."""
+    kept = [record for record in records if record.labels and not set(record.labels) & set(BACKGROUND_LABELS)]
+    if not kept:
+        raise DataError("none of these pictures has a label: for captions use --task retrieval")
+    names = class_names(kept)
+    column = {name: i for i, name in enumerate(names)}
+    right = np.zeros((len(kept), len(names)), np.bool_)
+    for row, record in enumerate(kept):
+        right[row, [column[label] for label in record.labels]] = True
+    return kept, names, right
 
 
 def prompts_of(names: Sequence[str], prompts: Sequence[str] = (PROMPT,)) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,9 @@ from typing import Any, TypeVar, cast, get_args
 
 from retrieval.encoders import Precision
 from retrieval.errors import DataError
+from retrieval.pairs import read_pairs
+from retrieval.training.losses import OBJECTIVES
+from retrieval.training.parameters import check_what
 from retrieval.training.towers import IMAGE_TOWERS, TEXT_TOWERS
 
 Settings = TypeVar("Settings")
@@ -79,7 +83,14 @@ class TrainConfig:
     seed: int = 0
     licence: str = ""
     device: str = "cpu"
-    train_towers: bool = False  # end to end, from pictures and words; frozen towers learn from cached features
+    train: str = "heads"  # what learns, see `trainable_groups`; heads alone learn from cached features, in minutes
+    objective: str = "infonce"  # one of `losses.OBJECTIVES`; CLIP's is hard to beat where batches are large
+    matryoshka: tuple[int, ...] = ()  # prefixes that are to be usable alone, for a smaller index
+    layer_decay: float = 1.0  # of the towers' learning rates with each block down; 0.7 or so for a few pairs
+    lora_rank: int = 16  # with train = "lora"
+    ema: float = 0.0  # decay of the average of the weights that is measured and kept; 0: the weights themselves
+    guard: tuple[Test, ...] = ()  # what must not be forgotten: scored before, during and after
+    max_loss: float = 0.01  # how far a score of the guard may fall, as a share
     image_tower_learning_rate: float = 1e-4  # a third of the projections': 4e-4 on the tower diverged
     text_tower_learning_rate: float = 3e-5  # usual for a BERT
     anchor: float = 0.0  # weight of the distance to the starting tower's features of the same picture, clean
@@ -87,6 +98,7 @@ class TrainConfig:
     captions: int = 1  # of each picture in a batch, at most as many as it has; costs the text tower only
     part: int = 256  # pictures in the tower at a time; a larger batch is passed twice in parts: memory for time
     interpolate: tuple[float, ...] = ()  # shares of the new weights to try, the rest the start's; empty: new ones
+    checkpoint_seconds: float = 120  # between checkpoints: what a kill may cost
     command: str = ""  # for the record in model.json: what was typed, DATA standing for the data folder
 
     def __post_init__(self) -> None:
@@ -98,6 +110,13 @@ class TrainConfig:
         for name, known in towers.items():
             if getattr(self, name) not in known:
                 raise DataError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        check_what(self.train)
+        if self.objective not in OBJECTIVES:
+            raise DataError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
+        if not 0 <= self.ema < 1 or self.lora_rank < 1 or not self.max_loss >= 0:
+            raise DataError("ema must be from 0 to below 1, lora_rank at least 1, and max_loss at least 0")
+        if not all(0 < prefix < self.dim for prefix in self.matryoshka):
+            raise DataError(f"matryoshka prefixes must lie between 0 and dim, {self.dim}")
         if not self.sources:
             raise DataError("there is nothing to learn from: name pairs in at least one [[sources]]")
         if not 0 < self.epochs < math.inf or self.batch_size < 2 or not 0 <= self.learning_rate < math.inf:
@@ -116,19 +135,37 @@ def load_config(file: Path, data: Path | None = None) -> TrainConfig:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"{file} is not TOML: {error}") from error
-    nested: dict[str, Any] = {
-        "command": f"diptych train --config {file.name} --data DATA",
-        "sources": tuple(_settings(file, Source, table) for table in _listed(settings.pop("sources", []))),
-        "tests": tuple(_settings(file, Test, table) for table in _listed(settings.pop("tests", []))),
-    }
-    if "vocabulary" in settings:
-        nested["vocabulary"] = _settings(file, Vocabulary, settings.pop("vocabulary"))
-    config = _settings(file, TrainConfig, settings, nested)
+    config = _config(file, settings, {"command": f"diptych train --config {file.name} --data DATA"})
     return replace(config, data=str(data)) if data else config
 
 
+def config_from_json(file: Path) -> TrainConfig:
+    """Read the config of a run folder back. FileNotFoundError; DataError when it is not what was written."""
+
+    def without_nothing(fields: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in fields.items() if value is not None}
+
+    try:
+        given = json.loads(file.read_text("utf-8"), object_hook=without_nothing)
+        command = str(given.pop("command"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise DataError(f"{file} is damaged ({error}): begin the run anew") from error
+    return _config(file, given, {"command": command})
+
+
+def _config(file: Path, settings: dict[str, Any], nested: dict[str, Any]) -> TrainConfig:
+    nested["sources"] = tuple(_settings(file, Source, table) for table in _listed(settings.pop("sources", [])))
+    for name in ("tests", "guard"):
+        nested[name] = tuple(_settings(file, Test, table) for table in _listed(settings.pop(name, [])))
+    if "vocabulary" in settings:
+        nested["vocabulary"] = _settings(file, Vocabulary, settings.pop("vocabulary"))
+    return _settings(file, TrainConfig, settings, nested)
+
+
 _KINDS = {"str": (str,), "str | None": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-_LISTS = ("tuple[str, ...]", "tuple[float, ...]")
+_LISTS = ("tuple[str, ...]", "tuple[float, ...]", "tuple[int, ...]")
 
 
 def _settings(file: Path, kind: type[Settings], table: Any, nested: Mapping[str, Any] | None = None) -> Settings:
@@ -163,6 +200,17 @@ def config_for(pairs: Sequence[Path], model: str) -> TrainConfig:
         command=f"diptych train {' '.join(path.name for path in pairs)} --model {model}",
         learning_rate=3e-4,  # a third of that from scratch: the projections are good already
     )
+
+
+def guards(sources: Sequence[Path]) -> tuple[Test, ...]:
+    """What to watch over: captions where there are any, else labels; the test split where there is one."""
+    found = []
+    for source in sources:
+        records = read_pairs(source, prefer="test")
+        split = "test" if all(record.split == "test" for record in records) else None
+        task = "retrieval" if any(record.texts for record in records) else "classification"
+        found.append(Test(str(source.absolute()), split, task))
+    return tuple(found)
 
 
 def with_changes(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:

@@ -289,6 +289,7 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.image, self.text = ProjectedTower(image, dim), ProjectedTower(text, dim)
         self.log_scale = nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.zeros(()))  # of the logits, for objectives that learn one
 
     def scale(self) -> Tensor:
         """The inverse temperature, at most 100 as in CLIP."""

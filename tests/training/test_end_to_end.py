@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from retrieval.onnx_encoder import OnnxEncoder
 from retrieval.training import loop
+from retrieval.training import models as starts
 from retrieval.training.config import Source, TrainConfig, Vocabulary
 from retrieval.training.pictures import TrainedTowers, augment, hide_words
 from retrieval.training.towers import EfficientNetLite, MiniLM
@@ -51,7 +52,7 @@ def config(tmp_path: Path) -> TrainConfig:
         sources=(Source("toy.jsonl", "train"),),
         data=str(tmp_path),
         vocabulary=Vocabulary("names.jsonl", ("{name}",), pictures=2, class_rows=0),  # of fewer tokens than captions
-        train_towers=True,
+        train="all",
         image_size=64,
         dim=32,
         epochs=3,
@@ -78,7 +79,7 @@ def _start(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(config.data) / "tokenizer"
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
-    monkeypatch.setattr(loop, "minilm_folder", lambda: folder)
+    monkeypatch.setattr(starts, "minilm_folder", lambda: folder)
 
     def image() -> EfficientNetLite:
         torch.manual_seed(1)
@@ -88,12 +89,12 @@ def _start(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.manual_seed(2)
         return MiniLM(1100, layers=1)
 
-    monkeypatch.setattr(loop, "IMAGE_TOWERS", {"efficientnet-lite2": (image, image)})
-    monkeypatch.setattr(loop, "TEXT_TOWERS", {"minilm-l6": (text, text)})
+    monkeypatch.setattr(starts, "IMAGE_TOWERS", {"efficientnet-lite2": (image, image)})
+    monkeypatch.setattr(starts, "TEXT_TOWERS", {"minilm-l6": (text, text)})
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    model = loop.start_from_bundle(str(folder)).model
+    model = starts.start_from_bundle(str(folder)).model
     return {name: value for name, value in model.state_dict().items() if "num_batches" not in name}
 
 
@@ -101,7 +102,7 @@ def test_towers_learn_and_the_statistics_of_the_pretraining_stay(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _start(config, monkeypatch)
-    before = loop._start(config).model.state_dict()
+    before = starts.start_model(config).model.state_dict()
     loop.train(config, tmp_path / "run")
     after = _weights(tmp_path / "run")
     for name, value in after.items():
@@ -133,8 +134,8 @@ def test_a_toy_set_is_learnt_and_the_bundle_is_the_model(
     losses = [line["loss"] for line in log if "loss" in line]
     assert losses[-1] < losses[0] - 0.3
 
-    start = loop.start_from_bundle(str(tmp_path / "run"))
-    encoder = OnnxEncoder(loop.start_bundle(str(tmp_path / "run")))
+    start = starts.start_from_bundle(str(tmp_path / "run"))
+    encoder = OnnxEncoder(starts.start_bundle(str(tmp_path / "run")))
     pictures = [Image.open(path) for path in sorted((tmp_path / "images").iterdir())]
     pixels = torch.from_numpy(encoder.preprocessing.pixels(pictures)).permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(v)[:, None, None] for v in (encoder.preprocessing.mean, encoder.preprocessing.std))
@@ -153,7 +154,7 @@ def test_parts_give_the_gradients_of_the_whole_batch(config: TrainConfig, monkey
     monkeypatch.setattr("retrieval.training.pictures.augment", lambda x: x.permute(0, 3, 1, 2).float() / 255)
     gradients = []
     for part in (8, 3):
-        start = loop._start(config)
+        start = starts.start_model(config)
         towers = TrainedTowers(start.model, start.preprocessing, start.tokenizer_json, 64, "cpu", part, 0.0)
         pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8))
         start.model.train()
@@ -167,7 +168,7 @@ def test_parts_give_the_gradients_of_the_whole_batch(config: TrainConfig, monkey
 def test_training_computes_what_search_does(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolution and batch norm as one, and as two with their statistics, are the same function."""
     _start(config, monkeypatch)
-    tower = loop._start(config).model.image.trunk
+    tower = starts.start_model(config).model.image.trunk
     generator = torch.Generator().manual_seed(0)
     for name, buffer in tower.named_buffers():
         if "running" in name:
@@ -181,8 +182,8 @@ def test_the_mix_with_the_start_that_validates_best_is_kept(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _start(config, monkeypatch)
-    loop.train(replace(config, interpolate=(0.0,)), tmp_path / "start")
-    start = loop._start(config).model
+    loop.train(replace(config, interpolate=(1e-6,)), tmp_path / "start")
+    start = starts.start_model(config).model
     for name, value in _weights(tmp_path / "start").items():
         if ".trunk." in name:
             torch.testing.assert_close(value, start.state_dict()[name])

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,9 +23,11 @@ from retrieval.encoders import find_bundle  # noqa: E402
 from retrieval.errors import DataError, UsageError  # noqa: E402
 from retrieval.evaluation import evaluate  # noqa: E402
 from retrieval.onnx_encoder import OnnxEncoder  # noqa: E402
-from retrieval.pairs import read_pairs  # noqa: E402
+from retrieval.pairs import checksum, read_pairs  # noqa: E402
 from retrieval.training import config as recipes  # noqa: E402
 from retrieval.training import features, loop  # noqa: E402
+from retrieval.training import models as starts  # noqa: E402
+from retrieval.training.data import Pairs, Sampler  # noqa: E402
 from retrieval.training.pictures import TrainedTowers  # noqa: E402
 
 COLOURS, SHAPES = ("red", "green", "blue", "yellow", "black"), ("circle", "square", "triangle", "cross")
@@ -86,12 +89,12 @@ def frozen(world):
     """The towers' own encoder, written once and not by every run in this process."""
     folder = world.root / "frozen"
     folder.mkdir()
-    return loop._frozen_encoder(loop.start_from_bundle("builtin"), folder)
+    return starts.frozen_encoder(starts.start_from_bundle("builtin"), folder)
 
 
 @pytest.fixture
 def quick(frozen, monkeypatch):
-    monkeypatch.setattr(loop, "_frozen_encoder", lambda start, folder: frozen)
+    monkeypatch.setattr(loop, "frozen_encoder", lambda start, folder: frozen)
 
 
 @pytest.fixture
@@ -138,7 +141,7 @@ def test_the_run_folder_is_a_bundle_with_its_record(world, trained):
             "pairs": str(world.pairs),
             "split": "train",
             "pictures": 40,
-            "checksum": loop.checksum(read_pairs(world.pairs, "train")),
+            "checksum": checksum(read_pairs(world.pairs, "train")),
         }
     ]
     assert bundle.training["scores"]["val_t2i_hit@1"] == round(trained.printed["metrics"]["val_t2i_hit@1"], 4)
@@ -220,7 +223,7 @@ def test_a_changed_picture_is_encoded_anew_and_no_other(world, frozen, tmp_path,
     for view, expected in {"clean": changed, **views}.items():
         np.testing.assert_array_equal(features.image_features(frozen, moved, view), expected)
     assert counted == [4, 1, 4, 4, 4]
-    renamed = loop.replace(moved[0], image=moved[0].image.rename(moved[0].image.with_name("other.png")))
+    renamed = replace(moved[0], image=moved[0].image.rename(moved[0].image.with_name("other.png")))
     features.image_features(frozen, [renamed], "flip")
     assert counted == [4, 1, 4, 4, 4]
     features.image_features(frozen, [renamed], "crop1")  # crops are drawn from the name
@@ -241,7 +244,7 @@ def test_a_failure_in_the_middle_is_counted(world, frozen, tmp_path, monkeypatch
     broken = tmp_path / "broken.png"
     broken.write_bytes((world.pairs.parent / "00.png").read_bytes()[:50])
     good = read_pairs(world.pairs)[:2]
-    records = [good[0], loop.replace(good[0], image=broken), loop.replace(good[0], image=tmp_path), good[1]]
+    records = [good[0], replace(good[0], image=broken), replace(good[0], image=tmp_path), good[1]]
     trained = SimpleNamespace(preprocessing=frozen.preprocessing, device=torch.device("cpu"))
     message = r"2 of 4 pictures cannot be read, the first: .*broken\.png: truncated"
     with pytest.raises(DataError, match=message):
@@ -258,41 +261,38 @@ def test_a_failure_in_the_middle_is_counted(world, frozen, tmp_path, monkeypatch
 def planned(sizes_and_repeats, **settings):
     """The batches of a run over sources of so many pictures, each picture with two sentences."""
     sources = [
-        loop._Pairs(
-            [torch.full((n, 1280), float(i))], torch.zeros(2 * n, 384), np.arange(0, 2 * n + 1, 2), repeat, None
-        )
+        Pairs([torch.full((n, 1280), float(i))], torch.zeros(2 * n, 384), np.arange(0, 2 * n + 1, 2), repeat, None)
         for i, (n, repeat) in enumerate(sizes_and_repeats)
     ]
     config = recipes.with_changes(recipes.config_for([Path("x")], "builtin"), settings)
-    start = loop.DualEncoder(loop.IMAGE_TOWERS["efficientnet-lite2"][0](), loop.TEXT_TOWERS["minilm-l6"][0](), 8)
-    return sources, loop._Run(config, start, None, SimpleNamespace(sources=sources, vocabulary=None, val=None))
+    return sources, Sampler(config, SimpleNamespace(sources=sources, vocabulary=None))
 
 
 def test_every_batch_has_one_source_and_an_epoch_repeats_as_asked():
     sources, run = planned([(30, 3), (100, 1)], epochs=2, batch_size=20)
     seen = {id(source): np.zeros(len(source.views[0]), int) for source in sources}
-    for source, rows in run.batches:
+    for source, rows in run.plan:
         assert 10 <= len(rows) <= 20
         assert len(np.unique(rows)) == len(rows)
         seen[id(source)][rows] += 1
     # 30 are a batch of 20 and one of 10; 100 are five whole ones: every picture is met repeat × epochs times.
     assert seen[id(sources[0])].tolist() == [6] * 30
     assert seen[id(sources[1])].tolist() == [2] * 100
-    assert run.total == len(run.batches) == 2 * (3 * 2 + 5)
-    order = [source is sources[1] for source, _ in run.batches]
+    assert len(run) == len(run.plan) == 2 * (3 * 2 + 5)
+    order = [source is sources[1] for source, _ in run.plan]
     assert order[:11] != sorted(order[:11])  # they take turns
 
 
 def test_a_part_of_an_epoch_and_what_is_left_over():
     _, run = planned([(100, 1)], epochs=0.25, batch_size=20)
-    assert [len(rows) for _, rows in run.batches] == [20]  # 25 pictures; a batch of 5 has too few negatives
+    assert [len(rows) for _, rows in run.plan] == [20]  # 25 pictures; a batch of 5 has too few negatives
     _, run = planned([(7, 1)], epochs=1.5, batch_size=20)
-    assert sorted(len(rows) for _, rows in run.batches) == [4, 7]
+    assert sorted(len(rows) for _, rows in run.plan) == [4, 7]
 
 
 def test_a_picture_meets_only_its_own_sentences():
     (source,), run = planned([(10, 1)], epochs=1)
-    source = loop.replace(source, texts=torch.arange(20).float()[:, None])
+    source = replace(source, texts=torch.arange(20).float()[:, None])
     rows = np.array([7, 0, 3])
     drawn = np.array([run._sentences(source, rows)[:, 0].tolist() for _ in range(40)], int)
     for column, row in zip(drawn.T, rows, strict=True):

@@ -16,7 +16,7 @@ from retrieval.errors import ModelError  # noqa: E402
 from retrieval.images import read_photo  # noqa: E402
 from retrieval.onnx_encoder import OnnxEncoder  # noqa: E402
 from retrieval.training.export import NormalisedTower  # noqa: E402
-from retrieval.training.loop import start_from_bundle  # noqa: E402
+from retrieval.training.models import start_from_bundle  # noqa: E402
 from retrieval.training.towers import (  # noqa: E402
     BertLayer,
     MiniLM,

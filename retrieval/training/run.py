@@ -1,0 +1,167 @@
+"""The folder of a training run: its config, its log, and the checkpoint that it goes on from after a kill.
+
+    config.json              what was asked for
+    log.jsonl                one line each time something was measured
+    checkpoint.safetensors   weights, optimiser, random numbers and step, replaced whole; gone when the run is done
+    model.json, …            the trained model: a finished run is a bundle
+
+Nothing here is a pickle: arrays in safetensors, everything else as JSON in its header.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from indexes.manifest import replacing
+from retrieval.bundle import MODEL_FILE
+from retrieval.errors import DataError, UsageError
+from retrieval.training.config import TrainConfig, config_from_json
+
+CONFIG, LOG, CHECKPOINT = "config.json", "log.jsonl", "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that decides how a run goes on.
+
+    Attributes:
+        step: steps done.
+        tensors: by name.
+        random: the state of numpy's generator.
+        log: lines of the log at that moment; what was written later is written again.
+    """
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    random: Mapping[str, Any]
+    log: int
+
+
+class RunFolder:
+    """One run on the disk. Get one from :meth:`create` or :meth:`open`."""
+
+    def __init__(self, path: Path, config: TrainConfig) -> None:
+        self.path, self.config = path, config
+
+    @classmethod
+    def create(cls, path: Path, config: TrainConfig) -> RunFolder:
+        """Begin a run in a new folder. UsageError when there is something already, or nothing can be written."""
+        try:
+            path.mkdir(parents=True)
+            with replacing(path / CONFIG) as file:
+                file.write((json.dumps(asdict(config), indent=2) + "\n").encode())
+        except FileExistsError:
+            cls.refuse(path)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be made: {error.strerror}") from error
+        return cls(path, config)
+
+    @staticmethod
+    def refuse(path: Path) -> NoReturn:
+        """Say that there is something already, and how to go on with it if it is a run."""
+        begun = (path / CHECKPOINT).exists()
+        hint = f", or go on with  diptych train --resume {path}" if begun else ""
+        raise UsageError(f"{path} exists already: choose another --output{hint}")
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Go on with a run. UsageError when there is none, or it is done."""
+        if (path / MODEL_FILE).exists():
+            raise UsageError(f"the run in {path} is done: there is nothing to resume")
+        try:
+            config = config_from_json(path / CONFIG)
+        except FileNotFoundError:
+            raise UsageError(f"{path} holds no training run: it has no {CONFIG}") from None
+        return cls(path, config)
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Add a line to the log."""
+        with (self.path / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """All lines of the log; one that a kill cut short is left out."""
+        lines = []
+        with contextlib.suppress(FileNotFoundError):
+            for text in (self.path / LOG).read_text("utf-8").splitlines():
+                with contextlib.suppress(ValueError):
+                    lines.append(json.loads(text))
+        return lines
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], random: np.random.Generator) -> None:
+        """Replace the checkpoint, whole or not at all. Raises DataError when the disk is full."""
+        state = {"step": step, "random": random.bit_generator.state, "log": len(self.read_log())}
+        data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, _header(state))
+        try:
+            with replacing(self.path / CHECKPOINT) as file:
+                file.write(data)
+        except OSError as error:
+            raise DataError(
+                f"{self.path} cannot be written ({error.strerror}): make room, then go on with  "
+                f"diptych train --resume {self.path}"
+            ) from error
+
+    def load(self) -> Checkpoint | None:
+        """Read the checkpoint, and cut the log back to that moment; None before the first. DataError when damaged."""
+        file = self.path / CHECKPOINT
+        if not file.exists():
+            (self.path / LOG).unlink(missing_ok=True)
+            return None
+        try:
+            with safe_open(str(file), "pt") as stored:
+                state = json.loads(stored.metadata()["state"])
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file} is damaged ({error}): delete it to begin the run anew") from error
+        lines = self.read_log()[: state["log"]]
+        with replacing(self.path / LOG) as log:
+            log.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        return Checkpoint(state["step"], tensors, state["random"], state["log"])
+
+    def finish(self) -> None:
+        """Remove what only a run under way needs."""
+        (self.path / CHECKPOINT).unlink(missing_ok=True)
+
+    def discard_unless_begun(self) -> None:
+        """Remove a folder from which nothing could go on."""
+        if not (self.path / CHECKPOINT).exists():
+            for name in (CONFIG, LOG):
+                (self.path / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not ours alone
+                self.path.rmdir()
+
+
+def _header(state: Mapping[str, Any]) -> dict[str, str]:
+    return {"format": "pt", "state": json.dumps(state)}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's state as tensors by name: ``optimizer.PARAMETER.NAME``, parameters counted through the groups."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{number}.{name}": torch.as_tensor(value)
+        for number, values in state.items()
+        for name, value in values.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`optimizer_tensors` gave. The groups' settings stay as they are."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, key = name.split(".", 2)
+            state.setdefault(int(number), {})[key] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
