@@ -16,6 +16,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from indexes.runtime import one_blas_thread
 from retrieval.ranks import Ranking, Ranks, Rows, Ties, Values, rank_pairs
 
 Interval: TypeAlias = tuple[float, float]
@@ -208,14 +209,15 @@ def _draw(ranking: Ranking, units: Rows, ks: Sequence[int], draws: int) -> dict[
         tables[way] = (list(values), np.stack(sums, axis=1))
         medians[way] = _Median(ranks.best, cluster, len(units))
     parts: dict[str, list[Values]] = {}
-    for weights in _weights(len(units), draws):
-        for way, (names, table) in tables.items():
-            totals = weights @ table  # (b, measures and 1)
-            with np.errstate(invalid="ignore"):  # a slice may have no query of this way in a draw
-                means = totals[:, :-1] / totals[:, -1:]
-            for name, column in zip(names[:-1], means.T, strict=True):
-                parts.setdefault(f"{way}_{name}", []).append(column)
-            parts.setdefault(f"{way}_median_rank", []).append(medians[way].of(weights))
+    with one_blas_thread():  # the products are small: with more, others would spin in between for longer than they take
+        for weights in _weights(len(units), draws):
+            for way, (names, table) in tables.items():
+                totals = weights @ table  # (b, measures and 1)
+                with np.errstate(invalid="ignore"):  # a slice may have no query of this way in a draw
+                    means = totals[:, :-1] / totals[:, -1:]
+                for name, column in zip(names[:-1], means.T, strict=True):
+                    parts.setdefault(f"{way}_{name}", []).append(column)
+                parts.setdefault(f"{way}_median_rank", []).append(medians[way].of(weights))
     drawn = {name: np.concatenate(values) for name, values in parts.items()}
     hits = [drawn.pop(f"{way}_#{k}") for way in tables for k in KS]
     if len(tables) == 2:

@@ -10,87 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from retrieval.onnx_encoder import OnnxEncoder
 from retrieval.training import loop
 from retrieval.training import models as starts
-from retrieval.training.config import Source, TrainConfig, Vocabulary
+from retrieval.training.config import TrainConfig
 from retrieval.training.pictures import TrainedTowers, augment, hide_words
-from retrieval.training.towers import EfficientNetLite, MiniLM
 
-_COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
-_SHAPES = ("left", "right")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Pictures this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> TrainConfig:
-    """Eight pictures: a square of one of four colours on one of two sides; half of them are validation too."""
-    (tmp_path / "images").mkdir()
-    lines = []
-    for colour, rgb in _COLOURS.items():
-        for side in _SHAPES:
-            picture = Image.new("RGB", (40, 32), (90, 90, 90))
-            picture.paste(rgb, (2, 4, 18, 28) if side == "left" else (22, 4, 38, 28))
-            name = f"{colour}-{side}.png"
-            picture.save(tmp_path / "images" / name)
-            captions = [f"a {colour} square on the {side}", f"{side} there is something {colour}"]
-            lines += [{"image": name, "captions": captions, "split": split} for split in ("train", "val")]
-    named = [{"image": f"{colour}-left.png", "label": colour} for colour in _COLOURS]
-    (tmp_path / "names.jsonl").write_text("".join(json.dumps(line) + "\n" for line in named))
-    (tmp_path / "toy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return TrainConfig(
-        sources=(Source("toy.jsonl", "train"),),
-        data=str(tmp_path),
-        vocabulary=Vocabulary("names.jsonl", ("{name}",), pictures=2, class_rows=0),  # of fewer tokens than captions
-        train="all",
-        image_size=64,
-        dim=32,
-        epochs=3,
-        batch_size=8,
-        captions=2,
-        part=3,
-        anchor=0.1,
-        word_dropout=0.1,
-        dropout=0.0,
-        image_noise=0.0,
-        text_noise=0.0,
-        precision="fp32",
-    )
-
-
-def _start(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Towers of random weights in place of the packaged ones, and a tokenizer of the toy's words."""
-    said = "a {} square on the {} there is something"
-    words = sorted({w for c in _COLOURS for s in _SHAPES for w in said.format(c, s).split()})
-    vocabulary = {"[PAD]": 0, "[UNK]": 100, "[MASK]": 103, **{w: 1000 + i for i, w in enumerate(words)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
-    folder = Path(config.data) / "tokenizer"
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    monkeypatch.setattr(starts, "minilm_folder", lambda: folder)
-
-    def image() -> EfficientNetLite:
-        torch.manual_seed(1)
-        return EfficientNetLite(0.5, 0.5)
-
-    def text() -> MiniLM:
-        torch.manual_seed(2)
-        return MiniLM(1100, layers=1)
-
-    monkeypatch.setattr(starts, "IMAGE_TOWERS", {"efficientnet-lite2": (image, image)})
-    monkeypatch.setattr(starts, "TEXT_TOWERS", {"minilm-l6": (text, text)})
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -99,11 +27,10 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_towers_learn_and_the_statistics_of_the_pretraining_stay(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _start(config, monkeypatch)
-    before = starts.start_model(config).model.state_dict()
-    loop.train(config, tmp_path / "run")
+    before = starts.start_model(toy).model.state_dict()
+    loop.train(toy, tmp_path / "run")
     after = _weights(tmp_path / "run")
     for name, value in after.items():
         same = torch.allclose(value, before[name], atol=1e-7)
@@ -114,22 +41,20 @@ def test_towers_learn_and_the_statistics_of_the_pretraining_stay(
 
 
 def test_one_seed_gives_the_same_weights_and_another_does_not(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _start(config, monkeypatch)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        loop.train(replace(config, seed=seed), tmp_path / name)
+        loop.train(replace(toy, seed=seed), tmp_path / name)
     a, b, c = (_weights(tmp_path / name) for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], c[name]) for name in a)
 
 
 def test_a_toy_set_is_learnt_and_the_bundle_is_the_model(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _start(config, monkeypatch)
-    config = replace(config, epochs=20, image_tower_learning_rate=1e-3, text_tower_learning_rate=1e-3, anchor=0.0)
-    loop.train(config, tmp_path / "run")
+    toy = replace(toy, epochs=20, image_tower_learning_rate=1e-3, text_tower_learning_rate=1e-3, anchor=0.0)
+    loop.train(toy, tmp_path / "run")
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in log if "loss" in line]
     assert losses[-1] < losses[0] - 0.3
@@ -142,19 +67,22 @@ def test_a_toy_set_is_learnt_and_the_bundle_is_the_model(
     with torch.inference_mode():
         expected = start.model.image.eval()((pixels - mean) / std).numpy()
     np.testing.assert_allclose(encoder.encode_images(pictures), expected, atol=1e-4)
-    texts = [caption for colour in _COLOURS for caption in (f"a {colour} square", f"something {colour}")]
+    texts = [
+        caption
+        for colour in ("red", "green", "blue", "white")
+        for caption in (f"a {colour} square", f"something {colour}")
+    ]
     ids = torch.tensor([encoding.ids for encoding in Tokenizer.from_str(start.tokenizer_json).encode_batch(texts)])
     with torch.inference_mode():
         expected = start.model.text.eval()(ids).numpy()
     np.testing.assert_allclose(encoder.encode_texts(texts), expected, atol=1e-4)
 
 
-def test_parts_give_the_gradients_of_the_whole_batch(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    _start(config, monkeypatch)
+def test_parts_give_the_gradients_of_the_whole_batch(toy: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retrieval.training.pictures.augment", lambda x: x.permute(0, 3, 1, 2).float() / 255)
     gradients = []
     for part in (8, 3):
-        start = starts.start_model(config)
+        start = starts.start_model(toy)
         towers = TrainedTowers(start.model, start.preprocessing, start.tokenizer_json, 64, "cpu", part, 0.0)
         pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8))
         start.model.train()
@@ -165,10 +93,9 @@ def test_parts_give_the_gradients_of_the_whole_batch(config: TrainConfig, monkey
         torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()) + 1e-7)
 
 
-def test_training_computes_what_search_does(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_computes_what_search_does(toy: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolution and batch norm as one, and as two with their statistics, are the same function."""
-    _start(config, monkeypatch)
-    tower = starts.start_model(config).model.image.trunk
+    tower = starts.start_model(toy).model.image.trunk
     generator = torch.Generator().manual_seed(0)
     for name, buffer in tower.named_buffers():
         if "running" in name:
@@ -179,11 +106,10 @@ def test_training_computes_what_search_does(config: TrainConfig, monkeypatch: py
 
 
 def test_the_mix_with_the_start_that_validates_best_is_kept(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _start(config, monkeypatch)
-    loop.train(replace(config, interpolate=(1e-6,)), tmp_path / "start")
-    start = starts.start_model(config).model
+    loop.train(replace(toy, interpolate=(1e-6,)), tmp_path / "start")
+    start = starts.start_model(toy).model
     for name, value in _weights(tmp_path / "start").items():
         if ".trunk." in name:
             torch.testing.assert_close(value, start.state_dict()[name])

@@ -21,18 +21,9 @@ from retrieval.training.losses import OBJECTIVES  # noqa: E402
 from retrieval.training.run import LOG, RunFolder  # noqa: E402
 from tests.cli.commands import complaint, diptych  # noqa: E402
 from tests.odd_photos import real_photos  # noqa: E402
-from tests.training.test_end_to_end import _start, config  # noqa: E402, F401 - a toy set, and tiny towers to learn it
-from tests.training.test_loop import frozen, quick, weights, world  # noqa: E402, F401 - fixtures
+from tests.training.drawings import weights  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch):
-    """So little work that sharing it costs more than it gains."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def log(run):
@@ -54,7 +45,21 @@ def guard(tmp_path):
     return captions, labels
 
 
-def test_nothing_is_forgotten_that_must_not_be(world, quick, guard, tmp_path):  # noqa: F811
+@pytest.fixture
+def kept(monkeypatch):
+    """The weights that a run ends with, by name."""
+    kept = {}
+    write = loop._write_bundle
+
+    def look(settings, start, *rest):
+        kept.update({name: value.clone() for name, value in start.model.state_dict().items()})
+        return write(settings, start, *rest)
+
+    monkeypatch.setattr(loop, "_write_bundle", look)
+    return kept
+
+
+def test_nothing_is_forgotten_that_must_not_be(world, quick, guard, tmp_path):
     """A learning rate that ruins the model: with the guard, what is kept knows the photos as before."""
     settings = replace(
         recipes.config_for([world.pairs], "builtin"), epochs=25, learning_rate=0.03, guard=recipes.guards(guard)
@@ -76,7 +81,7 @@ def test_nothing_is_forgotten_that_must_not_be(world, quick, guard, tmp_path):  
     assert classify(OnnxEncoder(bundle), read_pairs(guard[1])).metrics["top1"] == 1.0
 
 
-def test_the_command_takes_a_guard(world, guard, tmp_path):  # noqa: F811
+def test_the_command_takes_a_guard(world, guard, tmp_path):
     run = diptych(
         "train", world.pairs, "-o", tmp_path / "run", "--epochs", "2", "--guard", guard[0], "--max-loss", "0", "--json"
     )
@@ -94,8 +99,7 @@ def test_the_command_takes_a_guard(world, guard, tmp_path):  # noqa: F811
         assert words in line
 
 
-def test_the_average_of_the_weights_is_measured_and_kept(config, tmp_path, monkeypatch):  # noqa: F811
-    _start(config, monkeypatch)
+def test_the_average_of_the_weights_is_measured_and_kept(toy, kept, tmp_path, monkeypatch):
     seen = []
     step = torch.optim.AdamW.step
 
@@ -105,17 +109,9 @@ def test_the_average_of_the_weights_is_measured_and_kept(config, tmp_path, monke
         return result
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watch)
-    kept = {}
-    write = loop._write_bundle
-
-    def look(settings, start, *rest):
-        kept.update({name: value.clone() for name, value in start.model.state_dict().items()})
-        return write(settings, start, *rest)
-
-    monkeypatch.setattr(loop, "_write_bundle", look)
     begun = []
     monkeypatch.setattr(loop.WeightAverage, "__init__", _remember(loop.WeightAverage.__init__, begun))
-    loop.train(replace(config, ema=0.8), tmp_path / "run")
+    loop.train(replace(toy, ema=0.8), tmp_path / "run")
     names = [name for name, value in kept.items() if value.shape == seen[0].shape and "image.head" in name]
     expected = next(begun[0][name] for name in names)
     for number, value in enumerate(seen, 1):
@@ -133,9 +129,8 @@ def _remember(init, into):
     return wrapped
 
 
-def test_a_run_with_an_average_goes_on_bit_for_bit(config, tmp_path, monkeypatch):  # noqa: F811
-    _start(config, monkeypatch)
-    settings = replace(config, ema=0.9, checkpoint_seconds=0.0, objective="sigmoid", matryoshka=(8,))
+def test_a_run_with_an_average_goes_on_bit_for_bit(toy, tmp_path, monkeypatch):
+    settings = replace(toy, ema=0.9, checkpoint_seconds=0.0, objective="sigmoid", matryoshka=(8,))
     whole = loop.train(settings, tmp_path / "whole")
     save = RunFolder.save
 
@@ -153,18 +148,9 @@ def test_a_run_with_an_average_goes_on_bit_for_bit(config, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("what", ["heads", "all", "last-1", "image", "text", "lora"])
-def test_what_learns_and_what_stays(config, tmp_path, monkeypatch, what):  # noqa: F811
+def test_what_learns_and_what_stays(toy, kept, tmp_path, what):
     """Weights of the start and of the end, by tower; and the bundle is what was validated."""
-    _start(config, monkeypatch)
-    kept = {}
-    write = loop._write_bundle
-
-    def look(settings, start, *rest):
-        kept.update({name: value.clone() for name, value in start.model.state_dict().items()})
-        return write(settings, start, *rest)
-
-    monkeypatch.setattr(loop, "_write_bundle", look)
-    settings = replace(config, train=what, anchor=0.0, word_dropout=0.0)
+    settings = replace(toy, train=what, anchor=0.0, word_dropout=0.0)
     metrics = loop.train(settings, tmp_path / "run")
     start = loop.start_model(settings).model.state_dict()
     assert kept.keys() == start.keys()  # LoRA's updates are merged
@@ -188,15 +174,14 @@ def test_what_learns_and_what_stays(config, tmp_path, monkeypatch, what):  # noq
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_every_objective_runs(config, tmp_path, monkeypatch, objective):  # noqa: F811
-    _start(config, monkeypatch)
-    loop.train(replace(config, objective=objective, epochs=4, ema=0.5), tmp_path / "run")
+def test_every_objective_runs(toy, tmp_path, objective):
+    loop.train(replace(toy, objective=objective, epochs=4, ema=0.5), tmp_path / "run")
     losses = [line["loss"] for line in log(tmp_path / "run") if "loss" in line]
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]
 
 
-def test_the_bound_of_mutual_information_is_below_the_log_of_the_candidates(world, quick, tmp_path):  # noqa: F811
+def test_the_bound_of_mutual_information_is_below_the_log_of_the_candidates(world, quick, tmp_path):
     loop.train(replace(recipes.config_for([world.pairs], "builtin"), epochs=10, learning_rate=1e-3), tmp_path / "run")
     bounds = [line["val_mutual_information"] for line in log(tmp_path / "run") if "val_mutual_information" in line]
     assert all(bound <= np.log(20) for bound in bounds)
@@ -213,6 +198,6 @@ def test_the_bound_of_mutual_information_is_below_the_log_of_the_candidates(worl
         ({"max_loss": float("nan")}, "max_loss"),
     ],
 )
-def test_settings_that_are_wrong(world, changes, words):  # noqa: F811
+def test_settings_that_are_wrong(world, changes, words):
     with pytest.raises(DataError, match=words):
         replace(recipes.config_for([world.pairs], "builtin"), **changes)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 torch = pytest.importorskip("torch")
 
@@ -26,51 +26,9 @@ from retrieval.onnx_encoder import OnnxEncoder  # noqa: E402
 from retrieval.pairs import checksum, read_pairs  # noqa: E402
 from retrieval.training import config as recipes  # noqa: E402
 from retrieval.training import features, loop  # noqa: E402
-from retrieval.training import models as starts  # noqa: E402
 from retrieval.training.data import Pairs, Sampler  # noqa: E402
 from retrieval.training.pictures import TrainedTowers  # noqa: E402
-
-COLOURS, SHAPES = ("red", "green", "blue", "yellow", "black"), ("circle", "square", "triangle", "cross")
-
-
-def draw(colour: str, shape: str, random: np.random.Generator) -> Image.Image:
-    image = Image.new("RGB", (96, 96), "white")
-    pen = ImageDraw.Draw(image)
-    (x, y), r = random.integers(32, 64, 2).tolist(), int(random.integers(16, 28))
-    box = (x - r, y - r, x + r, y + r)
-    if shape == "circle":
-        pen.ellipse(box, fill=colour)
-    elif shape == "square":
-        pen.rectangle(box, fill=colour)
-    elif shape == "triangle":
-        pen.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=colour)
-    else:
-        pen.line(box, fill=colour, width=9)
-        pen.line((x - r, y + r, x + r, y - r), fill=colour, width=9)
-    return image
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Drawings, two to learn from and one to be tested on for each of 20 captions; and a cache of their own."""
-    root = tmp_path_factory.mktemp("training")
-    (root / "drawings").mkdir()
-    random, lines = np.random.default_rng(0), []
-    for colour in COLOURS:
-        for shape in SHAPES:
-            for split in ("train", "train", "val"):
-                name = f"{len(lines):02}.png"
-                draw(colour, shape, random).save(root / "drawings" / name)
-                lines.append({"image": name, "captions": [f"a {colour} {shape}"], "split": split})
-    pairs = root / "drawings" / "pairs.jsonl"
-    pairs.write_text("\n".join(map(json.dumps, lines)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
-        patch.setenv("OMP_NUM_THREADS", "1")  # so little work that sharing it costs more than it gains
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        yield SimpleNamespace(root=root, pairs=pairs, captions=lines)
-        torch.set_num_threads(threads)
+from tests.training.drawings import COLOURS, weights  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +42,6 @@ def trained(world):
     return SimpleNamespace(output=output, printed=json.loads(process.stdout), said=process.stderr)
 
 
-@pytest.fixture(scope="module")
-def frozen(world):
-    """The towers' own encoder, written once and not by every run in this process."""
-    folder = world.root / "frozen"
-    folder.mkdir()
-    return starts.frozen_encoder(starts.start_from_bundle("builtin"), folder)
-
-
-@pytest.fixture
-def quick(frozen, monkeypatch):
-    monkeypatch.setattr(loop, "frozen_encoder", lambda start, folder: frozen)
-
-
 @pytest.fixture
 def train(world, quick, tmp_path):
     def train(name, **changes):
@@ -105,10 +50,6 @@ def train(world, quick, tmp_path):
         return tmp_path / name, loop.train(config, tmp_path / name)
 
     return train
-
-
-def weights(run: Path) -> list[bytes]:
-    return [(run / name).read_bytes() for name in ("image.onnx", "text.onnx", "tokenizer.json")]
 
 
 # ---- what a user gets ------------------------------------------------------------------------------------------------

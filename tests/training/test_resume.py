@@ -20,16 +20,16 @@ from retrieval.training import config as recipes  # noqa: E402
 from retrieval.training import loop  # noqa: E402
 from retrieval.training.run import CHECKPOINT, CONFIG, LOG, RunFolder, load_optimizer, optimizer_tensors  # noqa: E402
 from tests.cli.commands import COMMAND, complaint, diptych  # noqa: E402
-from tests.training.test_loop import frozen, quick, weights, world  # noqa: E402, F401 - fixtures
+from tests.training.drawings import weights  # noqa: E402
 
 
 @pytest.fixture
-def config(world):  # noqa: F811
+def config(world):
     start = recipes.config_for([world.pairs], "builtin")
     return replace(start, epochs=12, learning_rate=1e-3, views=("clean", "crop1"), checkpoint_seconds=0.0)
 
 
-def test_ended_at_any_step_it_goes_on_bit_for_bit(config, quick, tmp_path, monkeypatch):  # noqa: F811
+def test_ended_at_any_step_it_goes_on_bit_for_bit(config, quick, tmp_path, monkeypatch):
     whole = loop.train(config, tmp_path / "whole")
     save = RunFolder.save
 
@@ -54,7 +54,7 @@ def test_ended_at_any_step_it_goes_on_bit_for_bit(config, quick, tmp_path, monke
         loop.resume(tmp_path / "ended")
 
 
-def test_kill_9_at_random_moments(world, tmp_path):  # noqa: F811
+def test_kill_9_at_random_moments(world, tmp_path):
     """Of the whole command, from its first second to its last."""
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
@@ -123,7 +123,7 @@ def test_an_optimiser_goes_there_and_back(tmp_path, config):
     assert torch.equal(one.weight, other.weight)
 
 
-def test_mistakes(config, quick, tmp_path, monkeypatch, world):  # noqa: F811
+def test_mistakes(config, quick, tmp_path, monkeypatch, world):
     (tmp_path / "empty").mkdir()
     assert "holds no training run" in complaint(diptych("train", "--resume", tmp_path / "empty"))
     assert "holds no training run" in complaint(diptych("train", "--resume", tmp_path / "none"))
@@ -152,7 +152,7 @@ def test_mistakes(config, quick, tmp_path, monkeypatch, world):  # noqa: F811
         folder.save(2, {}, np.random.default_rng(0))
 
 
-def test_the_config_comes_back_as_it_was(tmp_path, world):  # noqa: F811
+def test_the_config_comes_back_as_it_was(tmp_path, world):
     config = recipes.TrainConfig(
         sources=(recipes.Source(str(world.pairs), "train", 2),),
         vocabulary=recipes.Vocabulary("words.jsonl", ("a {name}", "the {name}"), 3, 0, 0),

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
 
 torch = pytest.importorskip("torch")
 
@@ -15,37 +14,25 @@ from torch import nn  # noqa: E402
 
 from retrieval.metrics import evaluate_retrieval  # noqa: E402
 from retrieval.training.losses import OBJECTIVES  # noqa: E402
+from tests.training.drawings import COLOURS, SHAPES, draw_at  # noqa: E402
 
-COLOURS, SHAPES = ("red", "green", "blue", "yellow", "black"), ("circle", "square", "triangle", "cross")
 WORDS = {word: i for i, word in enumerate(("a", "drawing", "of", *COLOURS, *SHAPES))}
 NAMES = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 CAPTIONS = ("a {} {}", "a drawing of a {} {}")
 PICTURES = 64  # of each name, to learn from
 
 
-def draw(colour: str, shape: str, random: np.random.Generator) -> np.ndarray:
+def small(colour: str, shape: str, random: np.random.Generator) -> np.ndarray:
     """(3, 32, 32) from -1 to 1, somewhere near the middle, larger or smaller."""
-    image = Image.new("RGB", (32, 32), "white")
-    pen = ImageDraw.Draw(image)
     (x, y), r = random.integers(13, 20, 2).tolist(), int(random.integers(9, 13))
-    box = (x - r, y - r, x + r, y + r)
-    if shape == "circle":
-        pen.ellipse(box, fill=colour)
-    elif shape == "square":
-        pen.rectangle(box, fill=colour)
-    elif shape == "triangle":
-        pen.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=colour)
-    else:
-        pen.line(box, fill=colour, width=4)
-        pen.line((x - r, y + r, x + r, y - r), fill=colour, width=4)
-    return np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
+    return np.asarray(draw_at(colour, shape, 32, (x, y), r, 4), np.float32).transpose(2, 0, 1) / 127.5 - 1
 
 
 @pytest.fixture(scope="module")
 def toy():
     """Drawings to learn from, and one of each name that is not among them."""
     random = np.random.default_rng(0)
-    drawn = np.stack([[draw(*name, random) for _ in range(PICTURES + 1)] for name in NAMES])
+    drawn = np.stack([[small(*name, random) for _ in range(PICTURES + 1)] for name in NAMES])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so little work that sharing it costs more than it gains
     yield SimpleNamespace(train=torch.from_numpy(drawn[:, 1:]), test=torch.from_numpy(drawn[:, 0]))
