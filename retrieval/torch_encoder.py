@@ -204,6 +204,11 @@ def _create(name: str, weights: str | None, device: torch.device) -> tuple[Any, 
     return model, {**architecture, **({"quick_gelu": True} if quick_gelu else {})}
 
 
+def default_preprocessing(model: Any) -> Preprocessing:
+    """How open_clip prepares pictures for a model that nobody has said anything else of."""
+    return _described(model.visual.preprocess_cfg)
+
+
 def _preprocessing(model: Any, name: str, preprocess: str | None) -> Preprocessing:
     described: Mapping[str, Any] = model.visual.preprocess_cfg
     size = _pair(described["size"])
@@ -216,10 +221,14 @@ def _preprocessing(model: Any, name: str, preprocess: str | None) -> Preprocessi
             raise ModelError(f"{preprocess}: size is {list(given.size)}, {name} takes pictures of {list(size)}")
         return given
     if preprocess:
-        described = {**asdict(PreprocessCfg()), **_pretrained(name, preprocess)}
+        described = {**asdict(PreprocessCfg()), **_pretrained(name, preprocess), "size": size}
+    return _described(described)
+
+
+def _described(described: Mapping[str, Any]) -> Preprocessing:
     interpolation = described["interpolation"]
     return Preprocessing(
-        size=size,
+        size=_pair(described["size"]),
         mean=_triple(described["mean"]),
         std=_triple(described["std"]),
         resize_mode=described["resize_mode"],

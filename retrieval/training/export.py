@@ -200,7 +200,7 @@ def export_open_clip(encoder: TorchEncoder, folder: Path, precision: Precision =
     if next(model.parameters()).device.type != "cpu":
         model = copy.deepcopy(model).cpu()
     _check_size(model, encoder.name)
-    any_length = _any_length_text(model)
+    any_length = any_length_text(model)
     context_length = int(encoder.tokenizer.context_length)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -252,7 +252,7 @@ def _bytes(module: Any) -> int:
     return sum(4 * parameter.numel() for parameter in module.parameters())
 
 
-def _any_length_text(model: Any) -> Callable[[Tensor], Tensor] | None:
+def any_length_text(model: Any) -> Callable[[Tensor], Tensor] | None:
     """``encode_text`` for ids of any length up to the context's, None if the padding has a part in its result.
 
     In a causal tower no token sees those after it, and the one that is pooled is the end of the text: what comes after

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from retrieval.bundle import Bundle
-from retrieval.encoders import lasting_spec
+from retrieval.encoders import find_bundle, lasting_spec
 from retrieval.errors import DataError, ModelError, UsageError
 from retrieval.evaluation import classify, dataset_name, evaluate, mean_vectors
 from retrieval.metrics import evaluate_classification, evaluate_retrieval
@@ -37,7 +37,8 @@ from retrieval.training.export import write_graphs
 from retrieval.training.features import FrozenTowers
 from retrieval.training.lora import add_lora, merge_lora
 from retrieval.training.losses import OBJECTIVES, info_nce, matryoshka, mutual_information_bound
-from retrieval.training.models import StartModel, frozen_encoder, start_bundle, start_model
+from retrieval.training.models import StartModel, frozen_encoder, start_model
+from retrieval.training.open_clip_models import SCRATCH, OpenClipEncoder
 from retrieval.training.parameters import clamp_scale, train_mode, trainable_groups
 from retrieval.training.pictures import TrainedTowers
 from retrieval.training.run import Checkpoint, RunFolder, load_optimizer, optimizer_tensors
@@ -91,7 +92,8 @@ def _train(
     torch.manual_seed(config.seed)
     start = start_model(config)
     start.model.to(config.device)
-    frozen = config.train == "heads"
+    frozen = config.train == "heads" and isinstance(start.model, DualEncoder)
+    _check_fit(config, start)
     if note:
         note("reading the data" + (", and encoding what is not in the cache" if frozen else ""))
     with tempfile.TemporaryDirectory(prefix="diptych-train-") as scratch:
@@ -107,9 +109,10 @@ def _train(
                 config.device,
                 config.part,
                 config.word_dropout,
+                trim=isinstance(start.model, DualEncoder),
             )
         data = Data(config, towers, progress)
-    if not config.model:
+    if not config.model and isinstance(start.model, DualEncoder):
         _standardise(start.model, towers, data)
     run = _Run(config, start.model, towers, data)
     folder = folder_of()  # not before all is there that can be missing
@@ -163,6 +166,14 @@ def _steps(run: _Run, folder: RunFolder, progress: Progress | None, note: Note |
     return before
 
 
+def _check_fit(config: TrainConfig, start: StartModel) -> None:
+    """Refuse what only the built-in kind of towers can do."""
+    if isinstance(start.model, DualEncoder):
+        return
+    if config.word_dropout or (config.vocabulary and config.vocabulary.class_rows):
+        raise DataError("word_dropout and a vocabulary's class_rows are for the built-in towers: set both to 0")
+
+
 def _check_output(output: Path) -> None:
     """Refuse before the data are read, not after it."""
     if output.exists():
@@ -188,19 +199,20 @@ def _standardise(model: DualEncoder, towers: Towers, data: Data) -> None:
 class _Run:
     """A model, what it learns from, and how far it is."""
 
-    def __init__(self, config: TrainConfig, model: DualEncoder, towers: Towers, data: Data) -> None:
+    def __init__(self, config: TrainConfig, model: DualEncoder | OpenClipEncoder, towers: Towers, data: Data) -> None:
         self.config, self.model, self.towers, self.data = config, model, towers, data
+        self.weights = model.trained
         rows = self._class_rows() if config.vocabulary and config.vocabulary.class_rows else None
         self.sampler = Sampler(config, data, rows)
         self.total, self.step = len(self.sampler), 0
         self.objective = OBJECTIVES[config.objective]
         self.shares = config.interpolate or (_SHARES if config.guard and config.model else ())
-        self.start = _copy(model) if self.shares else {}
+        self.start = _copy(self.weights) if self.shares else {}
         if config.train == "lora":
-            for tower in (model.image.trunk, model.text.trunk):
+            for tower in model.adaptable:
                 add_lora(tower, config.lora_rank, config.lora_rank, ("attention", "linear", "conv1x1"))
         groups = trainable_groups(
-            model,
+            self.weights,
             config.train,
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
@@ -209,18 +221,20 @@ class _Run:
             text_learning_rate=config.text_tower_learning_rate,
         )
         self.optimizer = torch.optim.AdamW([dict(group) for group in groups])
-        self.average = WeightAverage(model, config.ema) if config.ema else None
+        self.average = WeightAverage(self.weights, config.ema) if config.ema else None
 
     def _class_rows(self) -> Tensor:
         """(C, F) the ImageNet classifier's rows, scaled to the features' spread: a virtual picture of each class."""
         weight = read_lite2_weights()["fc.weight"].to(self.config.device)
+        assert isinstance(self.model, DualEncoder)  # see _check_fit
         head = self.model.image.head
         return F.normalize((weight - weight.mean(0)) / weight.std(0) * head.std + head.mean, dim=-1)
 
     def steps(self) -> Iterator[tuple[int, float]]:
         """Train; yield (steps done, loss) after each."""
         for step, batch in enumerate(self.sampler.batches(self.step), self.step + 1):
-            train_mode(self.model)
+            self.model.train()
+            train_mode(self.weights)  # what is frozen stays as it is in use
             warm = min(1.0, step / max(1, min(self.config.warmup, self.total // 10)))
             done = step / max(self.total, 2)  # 0 at the end, and yet a run of a single step learns something
             for group in self.optimizer.param_groups:
@@ -230,9 +244,9 @@ class _Run:
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
-            clamp_scale(self.model)
+            clamp_scale(self.weights)
             if self.average:
-                self.average.update(self.model)
+                self.average.update(self.weights)
             self.step = step
             yield step, float(loss.detach())
         self.model.eval()
@@ -257,7 +271,7 @@ class _Run:
     def validate(self) -> dict[str, float]:
         """What the model, or the average of its weights, scores on the validation pairs and on the guard."""
         self.model.eval()
-        with self.average.applied(self.model) if self.average else nullcontext():
+        with self.average.applied(self.weights) if self.average else nullcontext():
             return {**self._validation(), **self._guard()}
 
     def _validation(self) -> dict[str, float]:
@@ -308,8 +322,8 @@ class _Run:
 
     def _learnt(self) -> dict[str, Tensor]:
         """Everything but the weights that never change."""
-        frozen = {name for name, weight in self.model.named_parameters() if not weight.requires_grad}
-        return {name: value for name, value in self.model.state_dict().items() if name not in frozen}
+        frozen = {name for name, weight in self.weights.named_parameters() if not weight.requires_grad}
+        return {name: value for name, value in self.weights.state_dict().items() if name not in frozen}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Be as at the moment of a checkpoint. DataError when it is of another run."""
@@ -318,7 +332,7 @@ class _Run:
             weights = _under("model.", tensors)
             if weights.keys() != self._learnt().keys():
                 raise ValueError("it has other weights")
-            self.model.load_state_dict({**self.model.state_dict(), **weights})
+            self.weights.load_state_dict({**self.weights.state_dict(), **weights})
             if self.average:
                 self.average.load_state_dict(_under("average.", tensors))
             load_optimizer(self.optimizer, tensors)
@@ -337,30 +351,30 @@ class _Run:
         the guard; None where nothing was to be mixed.
         """
         if self.average:
-            with self.average.applied(self.model):
-                averaged = _copy(self.model)
-            self.model.load_state_dict(averaged)
+            with self.average.applied(self.weights):
+                averaged = _copy(self.weights)
+            self.weights.load_state_dict(averaged)
             self.average = None
         if self.config.train == "lora":
-            for tower in (self.model.image.trunk, self.model.text.trunk):
+            for tower in self.model.adaptable:
                 merge_lora(tower)
         if not self.shares or not (self.data.val or self.data.guard):
             return None
-        end = _copy(self.model)
+        end = _copy(self.weights)
 
         def score(share: float) -> Mixed:
-            self.model.load_state_dict(interpolated(self.start, end, share))
+            self.weights.load_state_dict(interpolated(self.start, end, share))
             scores = self.validate()
             hits = [value for key, value in scores.items() if key.startswith("val_") and "hit@" in key]
             held_out = {key: value for key, value in scores.items() if key.startswith("guard_")}
             return Mixed(sum(hits) if hits else share, held_out)  # without validation, as much as is allowed
 
         chosen = choose_interpolation(self.shares, score, self.config.max_loss)
-        self.model.load_state_dict(interpolated(self.start, end, chosen.share))
+        self.weights.load_state_dict(interpolated(self.start, end, chosen.share))
         return chosen
 
 
-def _copy(model: DualEncoder) -> dict[str, Tensor]:
+def _copy(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
@@ -371,14 +385,16 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _write_bundle(
     config: TrainConfig, start: StartModel, data: Data, output: Path, chosen: Interpolation | None
 ) -> Bundle:
+    start.model.eval().cpu()
+    image, text, any_length = start.model.exported()
     write_graphs(
         output,
-        image=start.model.image.eval().cpu(),
-        text=start.model.text.eval().cpu(),
+        image=image,
+        text=text,
         tokenizer_json=start.tokenizer_json,
         preprocessing=start.preprocessing,
         context_length=start.context_length,
-        any_length=True,
+        any_length=any_length,
         precision=config.precision,
     )
     told = ("data", "sources", "tests", "guard", "licence", "model", "command")  # elsewhere in the record
@@ -392,8 +408,13 @@ def _write_bundle(
     if chosen:
         record["interpolation"] = {"share": chosen.share, "reason": chosen.reason}
     if config.model:
-        first = start_bundle(config.model)
-        record["start"] = {"name": first.name, "fingerprint": first.fingerprint, "training": first.training}
+        folder = None if config.model.startswith(SCRATCH) else find_bundle(config.model)
+        first = Bundle.load(folder) if folder else None
+        record["start"] = (
+            {"name": first.name, "fingerprint": first.fingerprint, "training": first.training}
+            if first
+            else {"name": config.model}
+        )
     return Bundle(
         path=output,
         name=config.name,
@@ -403,7 +424,7 @@ def _write_bundle(
         score_scale=float(start.model.scale().detach()),
         precision={"image": config.precision, "text": config.precision},
         licence=config.licence,
-        source={"image_tower": start.image_tower, "text_tower": start.text_tower},
+        source=start.source,
         training=record,
     ).save()
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from retrieval import torch_encoder
 from retrieval.bundle import IMAGE_FILE, MODEL_FILE, TEXT_FILE, TOKENIZER_FILE, Bundle
 from retrieval.encoders import find_bundle
 from retrieval.errors import ModelError
 from retrieval.images import Preprocessing
 from retrieval.onnx_encoder import OnnxEncoder
 from retrieval.training.config import TrainConfig
-from retrieval.training.export import read_weights, write_graphs
+from retrieval.training.export import any_length_text, read_weights, write_graphs
 from retrieval.training.losses import OBJECTIVES
+from retrieval.training.open_clip_models import SCRATCH, OpenClipEncoder, create, from_bundle
+from retrieval.training.tokenizer_json import to_json
 from retrieval.training.towers import IMAGE_TOWERS, TEXT_TOWERS, DualEncoder, ProjectedTower, minilm_folder
 
 
@@ -21,18 +26,27 @@ from retrieval.training.towers import IMAGE_TOWERS, TEXT_TOWERS, DualEncoder, Pr
 class StartModel:
     """A model to train, with what its pictures and sentences have to go through first."""
 
-    model: DualEncoder
+    model: DualEncoder | OpenClipEncoder
     preprocessing: Preprocessing
     tokenizer_json: str
     context_length: int
-    image_tower: str
-    text_tower: str
     dim: int
+    source: Mapping[str, Any]  # from which the towers can be built again
 
 
 def start_model(config: TrainConfig) -> StartModel:
-    """The model that a config begins with: a bundle, or the towers' own packages with new projections."""
+    """The model that a config begins with.
+
+    A bundle, an open_clip model by its name or with random weights (``scratch:ViT-B-32``), or, where none is named, the
+    built-in towers from their own packages with new projections.
+    """
+    if config.model.startswith(SCRATCH):
+        return _open_clip(*create(config.model.removeprefix(SCRATCH)), config)
     if config.model:
+        folder = find_bundle(config.model)
+        if folder is None:
+            encoder = torch_encoder.load(config.model)
+            return _open_clip(encoder.model, encoder.architecture, encoder.tokenizer, config, encoder.preprocessing)
         return start_from_bundle(config.model, config)
     image, text = IMAGE_TOWERS[config.image_tower][1](), TEXT_TOWERS[config.text_tower][1]()
     preprocessing = Preprocessing(
@@ -54,46 +68,74 @@ def start_model(config: TrainConfig) -> StartModel:
         preprocessing,
         tokenizer.to_str(),
         config.context_length,
-        config.image_tower,
-        config.text_tower,
         config.dim,
+        {"image_tower": config.image_tower, "text_tower": config.text_tower},
+    )
+
+
+def _open_clip(
+    clip: Any,
+    architecture: Mapping[str, Any],
+    tokenizer: Any,
+    config: TrainConfig,
+    preprocessing: Preprocessing | None = None,
+) -> StartModel:
+    any_length, context_length = any_length_text(clip) is not None, int(tokenizer.context_length)
+    return StartModel(
+        OpenClipEncoder(clip, OBJECTIVES[config.objective].bias),
+        preprocessing or torch_encoder.default_preprocessing(clip),
+        to_json(tokenizer, context_length, any_length),
+        context_length,
+        int(architecture["embed_dim"]),
+        {"library": "open_clip", "architecture": architecture},
     )
 
 
 def _regularise(model: DualEncoder, config: TrainConfig) -> None:
     for tower, noise in ((model.image, config.image_noise), (model.text, config.text_noise)):
         tower.head.dropout, tower.head.noise = config.dropout, noise
+    model.bias.data.fill_(OBJECTIVES[config.objective].bias)
     if not config.model:
         model.log_scale.data.fill_(math.log(config.scale))
-        model.bias.data.fill_(OBJECTIVES[config.objective].bias)
-
-
-def start_bundle(spec: str) -> Bundle:
-    """The bundle to train further. ModelError for a model of another kind."""
-    folder = find_bundle(spec)
-    if folder is None:
-        raise ModelError(f"{spec} is not a bundle: write one first with  diptych models export {spec} FOLDER")
-    return Bundle.load(folder)
 
 
 def start_from_bundle(spec: str, config: TrainConfig | None = None) -> StartModel:
-    """Torch towers and projections with a bundle's own weights; ModelError for a bundle whose towers are not ours."""
-    bundle = start_bundle(spec)
-    folder = bundle.path
+    """Torch towers with a bundle's own weights; ModelError for a bundle whose towers cannot be built."""
+    folder = find_bundle(spec)
+    if folder is None:
+        raise ModelError(f"{spec} is not a bundle: write one first with  diptych models export {spec} FOLDER")
+    bundle = Bundle.load(folder)
+    library = bundle.source.get("library")
+    model = _open_clip_towers(bundle, config) if library == "open_clip" else _own_towers(bundle, config)
+    return StartModel(
+        model,
+        bundle.preprocessing,
+        (folder / TOKENIZER_FILE).read_text("utf-8"),
+        bundle.context_length,
+        bundle.dim,
+        bundle.source,
+    )
+
+
+def _open_clip_towers(bundle: Bundle, config: TrainConfig | None) -> OpenClipEncoder:
+    return OpenClipEncoder(from_bundle(bundle), OBJECTIVES[config.objective].bias if config else 0.0)
+
+
+def _own_towers(bundle: Bundle, config: TrainConfig | None) -> DualEncoder:
     names = bundle.source.get("image_tower"), bundle.source.get("text_tower")
     if names[0] not in IMAGE_TOWERS or names[1] not in TEXT_TOWERS:
-        raise ModelError(f"{spec} cannot be trained further: its towers are not among {[*IMAGE_TOWERS, *TEXT_TOWERS]}")
+        raise ModelError(
+            f"{bundle.path} cannot be trained further: its towers are neither open_clip's nor among "
+            f"{', '.join([*IMAGE_TOWERS, *TEXT_TOWERS])}"
+        )
     image, text = IMAGE_TOWERS[names[0]][0](), TEXT_TOWERS[names[1]][0]()
     model = DualEncoder(image, text, bundle.dim)
     model.log_scale.data.fill_(math.log(bundle.score_scale))
     if config is not None:
         _regularise(model, config)
-    _load_tower(model.image, folder / IMAGE_FILE)
-    _load_tower(model.text, folder / TEXT_FILE)
-    tokenizer_json = (folder / TOKENIZER_FILE).read_text("utf-8")
-    return StartModel(
-        model, bundle.preprocessing, tokenizer_json, bundle.context_length, names[0], names[1], bundle.dim
-    )
+    _load_tower(model.image, bundle.path / IMAGE_FILE)
+    _load_tower(model.text, bundle.path / TEXT_FILE)
+    return model
 
 
 def _load_tower(tower: ProjectedTower, file: Path) -> None:
@@ -106,6 +148,7 @@ def _load_tower(tower: ProjectedTower, file: Path) -> None:
 
 def frozen_encoder(start: StartModel, folder: Path) -> OnnxEncoder:
     """The towers alone, as an encoder whose vectors are the features."""
+    assert isinstance(start.model, DualEncoder)
     write_graphs(
         folder,
         image=start.model.image.trunk.eval(),

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from retrieval.embedding import Progress, read_all
 from retrieval.images import Preprocessing, read_photo
 from retrieval.pairs import Picture, Record
+from retrieval.training.open_clip_models import OpenClipEncoder
 from retrieval.training.towers import DualEncoder
 
 _AREA, _RATIO = (0.35, 1.0), (3 / 4, 4 / 3)  # of a crop: share of the picture, change of the sides' ratio
@@ -32,20 +33,25 @@ class TrainedTowers:
 
     def __init__(
         self,
-        model: DualEncoder,
+        model: DualEncoder | OpenClipEncoder,
         preprocessing: Preprocessing,
         tokenizer_json: str,
         context_length: int,
         device: str,
         part: int,
         word_dropout: float,
+        trim: bool = True,
     ) -> None:
+        """Take the model and what its pictures and sentences go through.
+
+        ``trim``: id 0 is nothing but padding, and the text tower takes sentences of any length without it.
+        """
         from tokenizers import Tokenizer
 
         self.model, self.preprocessing, self.device = model, preprocessing, torch.device(device)
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
         self.context_length = context_length
-        self.part, self.word_dropout = part, word_dropout
+        self.part, self.word_dropout, self.trim = part, word_dropout, trim
         self.mean, self.std = (torch.tensor(v, device=device) for v in (preprocessing.mean, preprocessing.std))
 
     def pictures(self, records: Sequence[Record], progress: Progress | None = None) -> list[Tensor]:
@@ -90,7 +96,7 @@ class TrainedTowers:
         """(B, L) int64 -> (B, G). In training some words are hidden."""
         if self.model.training and self.word_dropout:
             sentences = hide_words(sentences, self.word_dropout)
-        length = int((sentences != 0).sum(1).max())
+        length = int((sentences != 0).sum(1).max()) if self.trim else sentences.shape[1]
         with self._autocast():
             features: Tensor = self.model.text.trunk(sentences[:, :length])
         return features.float()

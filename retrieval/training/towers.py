@@ -291,6 +291,20 @@ class DualEncoder(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(()))  # of the logits, for objectives that learn one
 
+    @property
+    def trained(self) -> nn.Module:
+        """What holds the weights."""
+        return self
+
+    @property
+    def adaptable(self) -> list[nn.Module]:
+        """What low-rank updates are added to."""
+        return [self.image.trunk, self.text.trunk]
+
+    def exported(self) -> tuple[nn.Module, nn.Module, bool]:
+        """The two towers as a bundle's graphs compute them, and whether the text tower takes any length."""
+        return self.image, self.text, True
+
     def scale(self) -> Tensor:
         """The inverse temperature, at most 100 as in CLIP."""
         return self.log_scale.exp().clamp(max=100)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
+from retrieval.bundle import Bundle
 from retrieval.onnx_encoder import OnnxEncoder
 from retrieval.training import loop
 from retrieval.training import models as starts
@@ -60,7 +61,7 @@ def test_a_toy_set_is_learnt_and_the_bundle_is_the_model(
     assert losses[-1] < losses[0] - 0.3
 
     start = starts.start_from_bundle(str(tmp_path / "run"))
-    encoder = OnnxEncoder(starts.start_bundle(str(tmp_path / "run")))
+    encoder = OnnxEncoder(Bundle.load(tmp_path / "run"))
     pictures = [Image.open(path) for path in sorted((tmp_path / "images").iterdir())]
     pixels = torch.from_numpy(encoder.preprocessing.pixels(pictures)).permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(v)[:, None, None] for v in (encoder.preprocessing.mean, encoder.preprocessing.std))
