@@ -344,7 +344,9 @@ def train(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to make: the run, and the trained model.")
     ] = Path("run"),
-    model: Annotated[str, typer.Option(help="The bundle to train further.")] = "builtin",
+    model: Annotated[
+        str, typer.Option(help="What to train further: a bundle, an open_clip model, or scratch:ViT-B-32.")
+    ] = "builtin",
     config: Annotated[Path | None, typer.Option(help="A recipe (TOML) instead of PAIRS and the options below.")] = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with a run that was ended, and with nothing else.")
@@ -362,6 +364,9 @@ def train(
     ] = None,
     objective: Annotated[
         str | None, typer.Option(help="infonce, sigmoid, triplet, multi-positive, …", show_default="infonce")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A model whose similarities are learnt too (distillation).")
     ] = None,
     guard: Annotated[
         list[Path] | None,
@@ -392,6 +397,7 @@ def train(
         "batch_size": batch_size,
         "train": train,
         "objective": objective,
+        "teacher": teacher,
         "guard": recipes.guards(guard) if guard else None,
         "max_loss": max_loss,
         "seed": seed,

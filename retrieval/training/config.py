@@ -89,6 +89,8 @@ class TrainConfig:
     layer_decay: float = 1.0  # of the towers' learning rates with each block down; 0.7 or so for a few pairs
     lora_rank: int = 16  # with train = "lora"
     ema: float = 0.0  # decay of the average of the weights that is measured and kept; 0: the weights themselves
+    teacher: str = ""  # a model whose similarities are learnt too, on the pictures as they are (CLIP-KD)
+    distil: float = 1.0  # weight of what the teacher says, beside the objective
     guard: tuple[Test, ...] = ()  # what must not be forgotten: scored before, during and after
     max_loss: float = 0.01  # how far a score of the guard may fall, as a share
     image_tower_learning_rate: float = 1e-4  # a third of the projections': 4e-4 on the tower diverged

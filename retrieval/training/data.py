@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from retrieval.embedding import Progress
+from retrieval.embedding import EmbeddingCache, Progress, encode_pictures, encode_sentences
+from retrieval.encoders import Encoder
 from retrieval.errors import DataError
 from retrieval.evaluation import dataset_name, labelled, prompts_of
 from retrieval.pairs import Record, checksum, read_pairs
@@ -49,6 +50,7 @@ class Pairs:
     first: NDArray[np.int64]  # (N + 1,) picture i owns the sentences first[i]:first[i + 1]
     repeat: int
     anchor: Tensor | None  # (N, F) features of the pictures before training
+    taught: tuple[Tensor, Tensor] | None = None  # (N, E) and (M, E) the teacher's vectors of pictures and sentences
 
     @property
     def owner(self) -> NDArray[np.int64]:
@@ -68,9 +70,12 @@ class HeldOut:
 class Data:
     """Everything that training reads."""
 
-    def __init__(self, config: TrainConfig, towers: Towers, progress: Progress | None) -> None:
+    def __init__(
+        self, config: TrainConfig, towers: Towers, progress: Progress | None, teacher: Encoder | None = None
+    ) -> None:
         base = Path(config.data)
         self.towers, self.anchored = towers, config.train != "heads" and config.anchor > 0
+        self.teacher, self.device = teacher, config.device
         self.record: list[dict[str, Any]] = []
         self.sources: list[Pairs] = []
         self.validation: list[Record] = []
@@ -83,7 +88,7 @@ class Data:
             kept = [r for r in records if r.texts and (split is None or r.split == split)]
             if len(kept) < 2:
                 raise DataError(f"{source.pairs} has no two captioned pictures of split {split!r} to learn from")
-            self.sources.append(self._pairs(kept, source.repeat, progress))
+            self.sources.append(self._taught(kept, self._pairs(kept, source.repeat, progress), progress))
             self._note(source.pairs, split, kept)
         self.vocabulary = self._vocabulary(config, progress)
         self.val = self._pairs(self.validation, 1, progress) if self.validation else None
@@ -99,6 +104,16 @@ class Data:
         first = np.concatenate([[0], np.cumsum([len(record.texts) for record in records])])
         anchor = self.towers.image_features(views[0]) if self.anchored else None
         return Pairs(views, texts, first, repeat, anchor)
+
+    def _taught(self, records: Sequence[Record], pairs: Pairs, progress: Progress | None) -> Pairs:
+        """The same pairs with the teacher's vectors, which come from the cache where they are known."""
+        if self.teacher is None:
+            return pairs
+        cache = EmbeddingCache(self.teacher.fingerprint, self.teacher.dim)
+        pictures = encode_pictures(self.teacher, [record.image for record in records], cache=cache, progress=progress)
+        sentences = encode_sentences(self.teacher, [text for record in records for text in record.texts], cache=cache)
+        taught = torch.from_numpy(pictures).to(self.device), torch.from_numpy(sentences).to(self.device)
+        return replace(pairs, taught=taught)
 
     def _held_out(self, file: Path, test: Test, progress: Progress | None) -> HeldOut:
         records = read_pairs(file, test.split)
@@ -129,7 +144,7 @@ class Data:
             )
             for record in records
         ]
-        return self._pairs(named, 1, progress)
+        return self._taught(named, self._pairs(named, 1, progress), progress)
 
 
 @dataclass(frozen=True)
@@ -142,6 +157,7 @@ class Batch:
     sentences: Tensor  # B rows, as the towers keep them
     owner: Tensor  # (B,) see `info_nce`
     anchor: Tensor | None  # (P, F)
+    taught: tuple[Tensor, Tensor] | None  # (T, E) each: the teacher's vectors of the first T pairs
 
 
 class Sampler:
@@ -187,28 +203,32 @@ class Sampler:
 
     def _batch(self, source: Pairs, rows: NDArray[np.int64]) -> Batch:
         captions = min(self.config.captions, int(np.diff(source.first).min()))
-        owners = [np.tile(rows, captions)]
-        pictures, sentences = [self._pictures(source, rows)], [self._sentences(source, owners[0])]
-        anchors, virtual = [] if source.anchor is None else [source.anchor[rows]], []
         vocabulary, settings = self.data.vocabulary, self.config.vocabulary
+        drawn = [(source, np.tile(rows, captions), np.tile(rows, captions))]  # from where, pictures, and their owner
+        pictures = [self._pictures(source, rows)]
+        anchors = [] if source.anchor is None else [source.anchor[rows]]
+        virtual = []
         if vocabulary is not None and settings is not None:
             classes = self.random.permutation(len(vocabulary.views[0]))[: settings.pictures]
             pictures.append(self._pictures(vocabulary, classes))
-            sentences.append(self._sentences(vocabulary, classes))
             anchors += [] if vocabulary.anchor is None else [vocabulary.anchor[classes]]
-            owners.append(-1 - classes)  # negative: never a row of the source
+            drawn.append((vocabulary, classes, -1 - classes))  # negative: never a row of the source
             for features, classes in self._virtual(settings):
                 virtual.append(features)
-                sentences.append(self._sentences(vocabulary, classes))
-                owners.append(-1 - classes)
+                drawn.append((vocabulary, classes, -1 - classes))
+        spoken = [self._drawn(pairs, of) for pairs, of, _ in drawn]
         shown = [np.tile(np.arange(len(rows)), captions), np.arange(len(rows), sum(map(len, pictures + virtual)))]
+        real = list(zip(drawn, spoken, strict=True))[: len(pictures)]  # what a teacher can have seen
+        taught = [(p.taught[0][of], p.taught[1][said]) for (p, of, _), said in real if p.taught]
+        images, texts = ([both[side] for both in taught] for side in (0, 1))
         return Batch(
             torch.cat(pictures),
             torch.cat(virtual) if virtual else None,
             torch.from_numpy(np.concatenate(shown)),
-            torch.cat(sentences),
-            torch.from_numpy(np.concatenate(owners)).to(self.config.device),
+            torch.cat([pairs.texts[said] for (pairs, _, _), said in zip(drawn, spoken, strict=True)]),
+            torch.from_numpy(np.concatenate([owner for _, _, owner in drawn])).to(self.config.device),
             torch.cat(anchors) if anchors else None,
+            (torch.cat(images), torch.cat(texts)) if taught else None,
         )
 
     def _virtual(self, settings: Vocabulary) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
@@ -226,6 +246,6 @@ class Sampler:
         """One view of each of these pictures."""
         return source.views[self.random.integers(len(source.views))][rows]
 
-    def _sentences(self, source: Pairs, rows: NDArray[np.int64]) -> Tensor:
-        """One sentence of each of these pictures."""
-        return source.texts[self.random.integers(source.first[rows], source.first[rows + 1])]
+    def _drawn(self, source: Pairs, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """One sentence of each of these pictures, as its row."""
+        return self.random.integers(source.first[rows], source.first[rows + 1])

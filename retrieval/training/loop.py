@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retrieval.bundle import Bundle
-from retrieval.encoders import find_bundle, lasting_spec
+from retrieval.encoders import find_bundle, lasting_spec, load_encoder
 from retrieval.errors import DataError, ModelError, UsageError
 from retrieval.evaluation import classify, dataset_name, evaluate, mean_vectors
 from retrieval.metrics import evaluate_classification, evaluate_retrieval
@@ -36,7 +36,7 @@ from retrieval.training.data import Batch, Data, Pairs, Sampler, Towers
 from retrieval.training.export import write_graphs
 from retrieval.training.features import FrozenTowers
 from retrieval.training.lora import add_lora, merge_lora
-from retrieval.training.losses import OBJECTIVES, info_nce, matryoshka, mutual_information_bound
+from retrieval.training.losses import OBJECTIVES, info_nce, matryoshka, mutual_information_bound, relation_distillation
 from retrieval.training.models import StartModel, frozen_encoder, start_model
 from retrieval.training.open_clip_models import SCRATCH, OpenClipEncoder
 from retrieval.training.parameters import clamp_scale, train_mode, trainable_groups
@@ -72,7 +72,12 @@ def train(
         ModelError: the bundle cannot be trained.
     """
     _check_output(output)
-    lasting = replace(config, data=str(Path(config.data).absolute()), model=lasting_spec(config.model))
+    lasting = replace(
+        config,
+        data=str(Path(config.data).absolute()),
+        model=lasting_spec(config.model),
+        teacher=lasting_spec(config.teacher),
+    )
     return _train(config, lambda: RunFolder.create(output, lasting), progress, note)
 
 
@@ -111,7 +116,8 @@ def _train(
                 config.word_dropout,
                 trim=isinstance(start.model, DualEncoder),
             )
-        data = Data(config, towers, progress)
+        teacher = load_encoder(config.teacher, device=config.device) if config.teacher else None
+        data = Data(config, towers, progress, teacher)
     if not config.model and isinstance(start.model, DualEncoder):
         _standardise(start.model, towers, data)
     run = _Run(config, start.model, towers, data)
@@ -263,6 +269,11 @@ class _Run:
         loss = objective(images, texts)
         if self.config.matryoshka:
             loss = loss + matryoshka(objective, images, texts, self.config.matryoshka)
+        if batch.taught and self.data.teacher:
+            theirs, count = self.data.teacher.score_scale, len(batch.taught[0])
+            loss = loss + self.config.distil * relation_distillation(
+                images[:count], texts[:count], *batch.taught, self.model.scale(), theirs
+            )
         if batch.anchor is not None:
             loss = loss + self.config.anchor * (1 - F.cosine_similarity(features, batch.anchor).mean())
         return loss
@@ -397,7 +408,7 @@ def _write_bundle(
         any_length=any_length,
         precision=config.precision,
     )
-    told = ("data", "sources", "tests", "guard", "licence", "model", "command")  # elsewhere in the record
+    told = ("data", "sources", "tests", "guard", "licence", "model", "teacher", "command")  # elsewhere in the record
     record = {
         "command": config.command,
         "data": data.record,
@@ -405,6 +416,8 @@ def _write_bundle(
         "software": {"diptych": version("diptych"), "python": platform.python_version(), "torch": torch.__version__},
         "hardware": _hardware(config.device),
     }
+    if data.teacher:
+        record["teacher"] = {"name": data.teacher.name, "fingerprint": data.teacher.fingerprint}
     if chosen:
         record["interpolation"] = {"share": chosen.share, "reason": chosen.reason}
     if config.model:

@@ -83,7 +83,9 @@ def create(name: str) -> tuple[Any, Mapping[str, Any], Any]:
 
 def from_bundle(bundle: Bundle) -> Any:
     """The model that a bundle was exported from, with the bundle's weights. ModelError when they do not fit."""
-    architecture: Mapping[str, Any] = bundle.source["architecture"]
+    architecture: Mapping[str, Any] | None = bundle.source.get("architecture")
+    if not architecture:
+        raise ModelError(f"{bundle.path} cannot be trained further: it does not name its architecture")
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / "diptych-bundle.json"
         config.write_text(json.dumps(architecture), "utf-8")

@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from retrieval.bundle import Bundle  # noqa: E402
+from retrieval.encoders import load_encoder  # noqa: E402
 from retrieval.errors import DataError  # noqa: E402
 from retrieval.evaluation import classify, evaluate  # noqa: E402
 from retrieval.onnx_encoder import OnnxEncoder  # noqa: E402
@@ -201,3 +202,23 @@ def test_the_bound_of_mutual_information_is_below_the_log_of_the_candidates(worl
 def test_settings_that_are_wrong(world, changes, words):
     with pytest.raises(DataError, match=words):
         replace(recipes.config_for([world.pairs], "builtin"), **changes)
+
+
+def test_a_teacher_is_followed(toy, tmp_path, world):
+    """The built-in model knows the colours; a student that only distils comes to rank the sentences as it does."""
+    settings = replace(toy, train="heads", vocabulary=None, anchor=0.0, word_dropout=0.0, epochs=60, learning_rate=3e-3)
+    alone = loop.train(replace(settings, objective="distance"), tmp_path / "alone")
+    taught = loop.train(replace(settings, objective="distance", teacher="builtin", distil=20.0), tmp_path / "taught")
+    records = read_pairs(tmp_path / "toy.jsonl", "val")
+    teacher = evaluate(load_encoder(), records).details
+    theirs = teacher.image_vectors @ teacher.text_vectors.T
+
+    def agreement(run):
+        student = evaluate(OnnxEncoder(Bundle.load(run)), records).details
+        return np.corrcoef((student.image_vectors @ student.text_vectors.T).ravel(), theirs.ravel())[0, 1]
+
+    assert agreement(tmp_path / "taught") > max(0.7, agreement(tmp_path / "alone") + 0.2)
+    assert taught.keys() == alone.keys()
+    record = Bundle.load(tmp_path / "taught").training
+    assert record["teacher"]["fingerprint"] == load_encoder().fingerprint
+    assert "teacher" not in Bundle.load(tmp_path / "alone").training

@@ -233,9 +233,8 @@ def test_a_part_of_an_epoch_and_what_is_left_over():
 
 def test_a_picture_meets_only_its_own_sentences():
     (source,), run = planned([(10, 1)], epochs=1)
-    source = replace(source, texts=torch.arange(20).float()[:, None])
     rows = np.array([7, 0, 3])
-    drawn = np.array([run._sentences(source, rows)[:, 0].tolist() for _ in range(40)], int)
+    drawn = np.array([run._drawn(source, rows) for _ in range(40)])
     for column, row in zip(drawn.T, rows, strict=True):
         assert set(column) == {2 * row, 2 * row + 1}
 
@@ -396,9 +395,11 @@ def test_models_that_cannot_be_trained(complaint, world, tmp_path):
     for name in ("image.onnx", "text.onnx", "tokenizer.json"):
         (other / name).write_bytes(b"x")
     preprocessing = Bundle.load(find_bundle("builtin")).preprocessing
-    Bundle(other, "other", 4, preprocessing, 77, 1.0, source={"library": "open_clip"}).save()
-    assert "its towers are not among" in complaint(world.pairs, "--model", other, "-o", out)
-    assert "is not a bundle" in complaint(world.pairs, "--model", "RN50/openai", "-o", out)
+    for library, words in (("open_clip", "does not name its architecture"), ("keras", "are neither open_clip's nor")):
+        Bundle(other, "other", 4, preprocessing, 77, 1.0, source={"library": library}).save()
+        assert words in complaint(world.pairs, "--model", other, "-o", out)
+    assert "no weights 'magic' for RN50" in complaint(world.pairs, "--model", "RN50/magic", "-o", out)
+    assert "no architecture 'RN5'" in complaint(world.pairs, "--model", "scratch:RN5", "-o", out)
     assert "no model is called 'bulitin'" in complaint(world.pairs, "--model", "bulitin", "-o", out)
     assert not out.exists()
 
