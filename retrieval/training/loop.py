@@ -29,6 +29,7 @@ from retrieval.evaluation import classify, dataset_name, evaluate, mean_vectors
 from retrieval.metrics import evaluate_classification, evaluate_retrieval
 from retrieval.onnx_encoder import OnnxEncoder
 from retrieval.pairs import read_pairs
+from retrieval.report import write_run_page
 from retrieval.training.averaging import Interpolation, WeightAverage, choose_interpolation, interpolated
 from retrieval.training.averaging import Scores as Mixed
 from retrieval.training.config import TrainConfig
@@ -41,7 +42,7 @@ from retrieval.training.models import StartModel, frozen_encoder, start_model
 from retrieval.training.open_clip_models import SCRATCH, OpenClipEncoder
 from retrieval.training.parameters import clamp_scale, train_mode, trainable_groups
 from retrieval.training.pictures import TrainedTowers
-from retrieval.training.run import Checkpoint, RunFolder, load_optimizer, optimizer_tensors
+from retrieval.training.run import PAGE, Checkpoint, RunFolder, load_optimizer, optimizer_tensors
 from retrieval.training.towers import DualEncoder, read_lite2_weights
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the new weights, where there is something not to be forgotten
@@ -142,6 +143,9 @@ def _train(
     folder.log({"step": run.total, **metrics})
     scores = {key: round(value, 4) for key, value in metrics.items()}
     replace(bundle, training={**bundle.training, "scores": scores}).save()
+    write_run_page(
+        folder.path.name, folder.read_log(), asdict(config), folder.path / PAGE, share=chosen.share if chosen else None
+    )
     folder.finish()
     return metrics
 

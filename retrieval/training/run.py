@@ -2,6 +2,7 @@
 
     config.json              what was asked for
     log.jsonl                one line each time something was measured
+    run.html                 curves of it, when the run is done
     checkpoint.safetensors   weights, optimiser, random numbers and step, replaced whole; gone when the run is done
     model.json, …            the trained model: a finished run is a bundle
 
@@ -28,7 +29,7 @@ from retrieval.bundle import MODEL_FILE
 from retrieval.errors import DataError, UsageError
 from retrieval.training.config import TrainConfig, config_from_json
 
-CONFIG, LOG, CHECKPOINT = "config.json", "log.jsonl", "checkpoint.safetensors"
+CONFIG, LOG, PAGE, CHECKPOINT = "config.json", "log.jsonl", "run.html", "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,9 @@ def test_nothing_is_forgotten_that_must_not_be(world, quick, guard, tmp_path):
     share = bundle.training["interpolation"]["share"]
     allowed = [line for line in tries if line["guard_named_top1"] >= 0.99]
     assert share == max(allowed, key=lambda line: line["target"])["share"]
+    page = (tmp_path / "run" / "run.html").read_text("utf-8")
+    assert "Won and lost" in page
+    assert "named" in page
     # The bundle as written says so too.
     assert classify(OnnxEncoder(bundle), read_pairs(guard[1])).metrics["top1"] == 1.0
 
