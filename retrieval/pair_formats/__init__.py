@@ -1,0 +1,86 @@
+"""How each kind of file and folder says which sentences and labels belong to which picture.
+
+One reader per kind. `read_rows` finds the right one by content (by name only where content cannot tell) and every
+reader gives the same: rows, and the folders in which the pictures that they name may lie.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from retrieval.errors import DataError
+from retrieval.pair_formats.documents import is_json, read_json
+from retrieval.pair_formats.flickr import is_results, is_tokens, read_results, read_tokens
+from retrieval.pair_formats.folders import read_tree
+from retrieval.pair_formats.rows import KINDS, Picture, PictureBytes, Row, Rows, TarMember, decode, one_line, some
+from retrieval.pair_formats.tables import is_csv, is_parquet, read_csv, read_parquet
+from retrieval.pair_formats.tars import COMPRESSED, HEAD, UNPACK, holds_tars, is_tar, read_tar, read_tar_folder
+
+__all__ = ["KINDS", "Picture", "PictureBytes", "Row", "Rows", "TarMember", "one_line", "read_rows", "some"]
+
+
+def read_rows(source: Path) -> Rows:
+    """Read whatever pairs pictures with sentences or labels.
+
+    Raises:
+        DataError: it cannot be read, is of a kind that is not read, or something in it is wrong.
+    """
+    try:
+        if source.is_dir():
+            return next(read(source) for fits, read in _FOLDERS if fits(source))
+        with source.open("rb") as stream:  # once: a pipe cannot be read again
+            head = stream.read(HEAD)
+            for fits, read in _BINARY:
+                if fits(source, head):
+                    return read(source)
+            _check_text(source, head)
+            data = head + stream.read()
+    except OSError as error:
+        raise DataError(f"{source} cannot be read: {error.strerror or error}") from error
+    text = decode(source, data)
+    if "\0" in text:
+        raise DataError(f"{source} holds NUL bytes: it is damaged, or no text; {KINDS}")
+    if not text.strip():
+        raise DataError(f"{source} is empty; {KINDS}")
+    reader = next((read for fits, read in _TEXTS if fits(source, text)), None)
+    if reader is None:
+        raise DataError(f"{source} is of an unknown kind; {KINDS}")
+    return reader(source, text)
+
+
+# What is met under the name of data and never read: how it begins, and what to say.
+_STRANGERS = {
+    COMPRESSED: UNPACK,
+    re.compile(rb"PK\x03\x04"): "is a ZIP archive: unpack it (.pt and .npz files are such, too, and are never loaded)",
+    re.compile(rb"\x80[\x02-\x05]"): "is a pickle, and no pickle is ever loaded",
+    re.compile(rb"\xff\xfe|\xfe\xff"): "is not UTF-8 text but UTF-16: save it as UTF-8",
+    re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP", re.DOTALL): (
+        "is itself a picture: name the file that lists it, or the folder"
+    ),
+    re.compile(rb".*\0", re.DOTALL): f"is of an unknown kind: binary data; {KINDS}",
+}
+
+
+def _check_text(file: Path, head: bytes) -> None:
+    for start, name in _STRANGERS.items():
+        if start.match(head):
+            raise DataError(f"{file} {name}")
+
+
+# The first that fits reads it.
+_FOLDERS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Rows]], ...] = (
+    (holds_tars, read_tar_folder),
+    (Path.is_dir, read_tree),
+)
+_BINARY: tuple[tuple[Callable[[Path, bytes], bool], Callable[[Path], Rows]], ...] = (
+    (is_parquet, read_parquet),
+    (is_tar, read_tar),
+)
+_TEXTS: tuple[tuple[Callable[[Path, str], bool], Callable[[Path, str], Rows]], ...] = (
+    (is_json, read_json),
+    (is_tokens, read_tokens),
+    (is_results, read_results),
+    (is_csv, read_csv),
+)

@@ -1,0 +1,140 @@
+"""Webdataset: one tar, or a folder of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from retrieval.errors import DataError
+from retrieval.images import IMAGE_SUFFIXES
+from retrieval.pair_formats.rows import (
+    NOTE_KINDS,
+    SPLIT_FOLDERS,
+    Row,
+    Rows,
+    TarMember,
+    decode,
+    noted_row,
+    one_line,
+    some,
+)
+
+HEAD = 512  # bytes that tell a binary format: one block of a tar
+
+COMPRESSED = re.compile(rb"\x1f\x8b|BZh[1-9]|\xfd7zXZ|\x28\xb5\x2f\xfd")
+UNPACK = "is compressed: unpack it, or re-tar it without compression (its pictures already are)"
+
+_PICTURE_KINDS = {suffix[1:] for suffix in IMAGE_SUFFIXES}
+
+
+def is_tar(file: Path, head: bytes) -> bool:
+    """Whether a file is an uncompressed tar, by its first bytes or by its name."""
+    return head[257:262] == b"ustar" or (file.suffix.lower() == ".tar" and not COMPRESSED.match(head))
+
+
+def read_tar(file: Path) -> Rows:
+    """One shard; the names of its classes may lie beside it or one folder up."""
+    return Rows(_tar_rows(file, None, _class_list(file.parent)))
+
+
+def read_tar_folder(folder: Path) -> Rows:
+    """Shards, here or in one folder per split: webdataset's, img2dataset's, and the layout of CLIP_benchmark."""
+    classes = _class_list(folder)
+    rows = []
+    for place, shards in _shards(folder):
+        count = place / "nshards.txt"
+        if count.is_file() and (promised := decode(count, count.read_bytes()).strip()) != str(len(shards)):
+            raise DataError(f"{place} holds {len(shards)} .tar files, but its nshards.txt says {one_line(promised)}")
+        split = None if place == folder else SPLIT_FOLDERS.get(place.name, place.name)
+        for shard in shards:
+            rows += _tar_rows(shard, split, classes)
+    return Rows(rows)
+
+
+def holds_tars(folder: Path) -> bool:
+    """Whether there are tars in a folder, or in those directly in it."""
+    return any(shards for _, shards in _shards(folder))
+
+
+def _shards(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """The folder and those in it, each with its tars in the order of their numbers."""
+    with os.scandir(folder) as entries:
+        inner = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    for place in (folder, *(folder / name for name in inner)):
+        with os.scandir(place) as entries:
+            tars = [entry.name for entry in entries if entry.name.lower().endswith((".tar", ".tar.gz", ".tgz"))]
+        yield place, [place / name for name in sorted(tars, key=_by_number)]
+
+
+def _by_number(name: str) -> str:
+    return re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name)
+
+
+def _class_list(folder: Path) -> list[str]:
+    """The lines of classnames.txt here or one folder up (a shard lies in the folder of its split); none without it."""
+    for file in (folder / "classnames.txt", folder / ".." / "classnames.txt"):
+        if file.is_file():
+            return decode(file, file.read_bytes()).splitlines()
+    return []
+
+
+def _tar_rows(tar: Path, split: str | None, classes: Sequence[str]) -> list[Row]:
+    """The samples of one shard: members whose names agree up to the first dot of the base name, as in webdataset."""
+    rows, lost = [], []
+    with tar.open("rb") as stream:
+        for key, fields in _samples(tar, stream).items():
+            where = f"{tar}, sample {one_line(key)}"
+            image = _member(where, fields, _PICTURE_KINDS)
+            if image is None:
+                lost.append(key)
+                continue
+            notes = {}
+            for kind in NOTE_KINDS:
+                member = _member(where, fields, {kind})
+                if member is not None:
+                    stream.seek(member.offset)
+                    notes[kind] = stream.read(member.size)
+            rows.append(noted_row(where, image, split, notes, classes))
+    if lost:
+        raise DataError(f"{len(lost)} of the {len(lost) + len(rows)} samples of {tar} have no picture: {some(lost)}")
+    return rows
+
+
+def _samples(tar: Path, stream: IO[bytes]) -> dict[str, dict[str, TarMember]]:
+    """Key -> what follows the key in a member's name -> the member."""
+    samples: dict[str, dict[str, TarMember]] = {}
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as archive:
+            while (info := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # or all of them are kept, at a kilobyte each
+                folder, _, base = info.name.rpartition("/")
+                stem, _, kind = base.partition(".")
+                if not info.isreg() or info.issparse() or not stem or not kind or "__MACOSX" in folder:
+                    continue
+                if stem.startswith("__") and stem.endswith("__"):  # webdataset's own notes
+                    continue
+                member = TarMember(tar, base, info.offset_data, info.size)
+                samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[kind.lower()] = member
+            stream.seek(archive.offset)
+            end = stream.read(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        stream.seek(0)
+        if COMPRESSED.match(stream.read(HEAD)):
+            raise DataError(f"{tar} {UNPACK}") from error
+        raise DataError(f"{tar} is damaged or cut short, or no tar: {error}") from error
+    if not end or end.strip(b"\0"):  # tarfile takes damage in the middle for the end
+        raise DataError(f"{tar} is damaged or cut short: it has no end mark behind its {len(samples)} first samples")
+    return samples
+
+
+def _member(where: str, fields: Mapping[str, TarMember], kinds: Collection[str]) -> TarMember | None:
+    """The one member of a kind: `KEY.jpg`, else `KEY.any.thing.jpg`."""
+    names = [name for name in fields if name in kinds] or [n for n in fields if n.rpartition(".")[2] in kinds]
+    if len(names) > 1:
+        found = some([fields[name].name for name in names])
+        raise DataError(f"{where} has {len(names)} members of one kind: {found}; a key ends at the first dot of a name")
+    return fields[names[0]] if names else None
