@@ -16,13 +16,13 @@ import pytest
 from PIL import Image
 
 from indexes.vectors import as_vectors
-from retrieval.charts import Axis
 from retrieval.errors import UsageError
 from retrieval.evaluation import ClassificationDetails, Comparison, Evaluation, RetrievalDetails, Slice
 from retrieval.metrics import KS, difference, evaluate_classification, measure
 from retrieval.pairs import PictureBytes, Record, checksum
 from retrieval.ranks import rank_pairs
 from retrieval.report import evaluation_page, write_evaluation_page
+from retrieval.report.charts import Axis
 
 VOID = {"meta", "img", "br"}
 
@@ -645,14 +645,14 @@ def test_other_ks_and_a_slice_without_any_query_of_a_way(pictures):
 
 
 def test_a_thousand_ks_are_enough(pictures, monkeypatch):
-    monkeypatch.setattr("retrieval.report._CURVE", 10)
+    monkeypatch.setattr("retrieval.report.evaluation._CURVE", 10)
     plot = section(read(noisy(pictures(30))), "How far down one has to look")
     assert max(x for path in plot.all("path", "t2i") for x, _ in points(path)) == 100
     assert [text.text for text in plot.all("text")][-1] == "10"
 
 
 def test_of_very_many_good_answers_some_are_looked_at(pictures, monkeypatch):
-    monkeypatch.setattr("retrieval.report._PROBED", 5)
+    monkeypatch.setattr("retrieval.report.evaluation._PROBED", 5)
     result = noisy(pictures(20), noise=0.1)
     assert len(section(read(result), "Text → image: best sentences").all("article")) == 4
 

@@ -41,6 +41,10 @@ STYLE = """
   .plot path.band { fill: currentColor; stroke: none; fill-opacity: .16; }
   .plot path.other { stroke-dasharray: 6 4; }
   .plot path.chance { stroke: var(--quiet); stroke-width: 1.25; stroke-dasharray: 1.5 3; }
+  .plot circle { fill: currentColor; }
+  .plot .start { stroke: currentColor; stroke-width: 1.25; stroke-dasharray: 1.5 3; }
+  .plot.lines svg svg { overflow: visible; }
+  .plot.named { padding-right: 3.6rem; } .plot text.end { fill: currentColor; }
   .bars { padding: 2.2rem 0 1.6rem; }
   .bars svg { width: 100%; height: 9rem; }
   .bars rect, .rows rect { fill: currentColor; }
@@ -90,10 +94,20 @@ class Axis:
 
     def at(self, value: float) -> str:
         """Where a value stands, as a percentage; what lies outside stands at the end."""
-        return f"{100 * min(1.0, max(0.0, (value - self.low) / (self.high - self.low))):.2f}%"
+        return f"{self.place(value):.2f}%"
+
+    def place(self, value: float) -> float:
+        """Where a value stands between 0 and 100."""
+        return 100 * min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
 
 
 SHARES = Axis(0, 1, 0.25)
+
+
+def counted(most: float) -> Axis:
+    """From 0 to a number of things, with ticks at whole numbers."""
+    top = max(1.0, most)
+    return Axis(0, top, max(1.0, _round_step(top / 5)))
 
 
 def _round_step(least: float) -> float:
@@ -154,6 +168,18 @@ def whiskers(dots: Sequence[Dot], axis: Axis, guide: float | None = None) -> str
             line += "".join(f'<line x1="{end}" y1="{y - 5}" x2="{end}" y2="{y + 5}"/>' for end in ends)
         parts.append(f'<g class="mark {dot.kind}">{line}<circle cx="{axis.at(dot.value)}" cy="{y}" r="3"/></g>')
     return f'<svg height="{height}" aria-hidden="true">{"".join(parts)}</svg>'
+
+
+def change(before: float, after: float, axis: Axis, kind: str) -> str:
+    """A track: a hollow dot where something was, a line from there, and a dot where it is now."""
+    old, new = axis.at(before), axis.at(after)
+    grid = "".join(_upright("grid", axis.at(tick)) for tick in axis.ticks)
+    return (
+        f'<svg height="28" aria-hidden="true">{grid}'
+        f'<g class="mark {kind}"><line x1="{old}" y1="14" x2="{new}" y2="14"/></g>'
+        f'<g class="mark other even"><circle cx="{old}" cy="14" r="3"/></g>'
+        f'<g class="mark {kind}"><circle cx="{new}" cy="14" r="3.5"/></g></svg>'
+    )
 
 
 def share_bar(share: float, kind: str) -> str:
@@ -226,6 +252,112 @@ def curves(lines: Sequence[Curve], label: str) -> str:
             parts += [_upright("grid", x), _text(x, "100%", f"{k}", 'text-anchor="middle" dy="1.5em"')]
     inside = f'<svg width="100%" height="100%" viewBox="0 0 100 100" preserveAspectRatio="none">{"".join(drawn)}</svg>'
     return f'<div class="plot"><svg role="img" aria-label="{html.escape(label)}">{"".join(parts)}{inside}</svg></div>'
+
+
+# ---- lines -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """Values over something that is counted; NaN leaves a gap."""
+
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    kind: str = "t2i"  # CSS classes
+    start: float = math.nan  # a dotted line across at this height
+
+
+_APART = 6.5  # between the names of lines, in hundredths of the height
+
+
+def lines(
+    drawn: Sequence[Line],
+    x: Axis,
+    y: Axis,
+    label: str,
+    *,
+    x_name: str = "step",
+    y_name: str = "%",
+    named: bool = False,
+    mark: float = math.nan,
+) -> str:
+    """Lines with a dot at each value, over a linear axis. An axis named ``%`` is in hundredths.
+
+    Args:
+        drawn: the lines; one that has no number is left out.
+        x: the scale below.
+        y: the scale on the left.
+        label: what it shows, for who cannot see it.
+        x_name: beside the numbers below.
+        y_name: above the numbers on the left.
+        named: write each line's name at its end.
+        mark: a place on the axis below, for an upright dotted line.
+    """
+    parts = []
+    for tick in y.ticks:
+        height = f"{100 - y.place(tick):.2f}%"
+        parts.append(f'<line class="grid" x2="100%" y1="{height}" y2="{height}"/>')
+        parts.append(_text("-8", height, _reading(tick, y_name), 'text-anchor="end" dy=".32em"'))
+    parts.append(_text("-8", "-14", y_name, 'text-anchor="start" dx="-24"'))
+    parts.append(_text("-8", "100%", x_name, 'text-anchor="end" dy="1.5em"'))
+    for tick in x.ticks:
+        words = _reading(tick, x_name)
+        parts += [_upright("grid", x.at(tick)), _text(x.at(tick), "100%", words, 'text-anchor="middle" dy="1.5em"')]
+    if math.isfinite(mark):
+        parts.append(_upright("guide", x.at(mark)))
+    paths, ends = [], []
+    for line in drawn:
+        runs = _unbroken(line)
+        if not runs:
+            continue
+        if math.isfinite(line.start):
+            height = f"{100 - y.place(line.start):.2f}%"
+            parts.append(f'<line class="start {line.kind}" x2="100%" y1="{height}" y2="{height}"/>')
+        places = [" L".join(f"{x.place(a):.2f},{100 - y.place(b):.2f}" for a, b in run) for run in runs]
+        paths.append(f'<path class="{line.kind}" d="M{" M".join(places)}"/>')
+        for a, b in (point for run in runs for point in run):
+            told = f"{line.name}, {x_name} {_reading(a, x_name)}: {_reading(b, y_name)}"
+            parts.append(
+                f'<circle class="{line.kind}" cx="{x.at(a)}" cy="{100 - y.place(b):.2f}%" r="2.5">'
+                f"<title>{html.escape(told)}</title></circle>"
+            )
+        ends.append((100 - y.place(runs[-1][-1][1]), line))
+    if named:
+        parts += [
+            _text("100%", f"{height:.2f}%", line.name, f'class="end {line.kind}" dx="8" dy=".32em"')
+            for height, line in _spread(ends)
+        ]
+    inside = f'<svg width="100%" height="100%" viewBox="0 0 100 100" preserveAspectRatio="none">{"".join(paths)}</svg>'
+    kind = "plot lines named" if named else "plot lines"
+    return f'<div class="{kind}"><svg role="img" aria-label="{html.escape(label)}">{"".join(parts)}{inside}</svg></div>'
+
+
+def _reading(value: float, name: str) -> str:
+    return _hundredths(value) if "%" in name else f"{round(value, 4):,.15g}".replace("-", "−")
+
+
+def _unbroken(line: Line) -> list[list[tuple[float, float]]]:
+    """The points of a line, in stretches without a gap."""
+    runs: list[list[tuple[float, float]]] = [[]]
+    for point in zip(line.xs, line.ys, strict=True):
+        if all(map(math.isfinite, point)):
+            runs[-1].append(point)
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]
+
+
+def _spread(ends: Sequence[tuple[float, Line]]) -> list[tuple[float, Line]]:
+    """Heights from the top down, pushed apart where two would be written over each other."""
+    placed: list[tuple[float, Line]] = []
+    for height, line in sorted(ends, key=lambda end: end[0]):
+        placed.append((max(height, placed[-1][0] + _APART) if placed else height, line))
+    over = max(0.0, placed[-1][0] - 100) if placed else 0.0
+    return [
+        (min(height, 100 - _APART * (len(placed) - 1 - i)) if over else height, line)
+        for i, (height, line) in enumerate(placed)
+    ]
 
 
 # ---- bars ------------------------------------------------------------------------------------------------------------
