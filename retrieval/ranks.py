@@ -32,6 +32,7 @@ Values: TypeAlias = NDArray[np.float64]
 _TILE_IMAGES = 240
 _TILE_TEXTS = 2032
 _UNSURE = 4096  # scores of a tile too close to call in float32; more, and all of it is computed in float64
+_FEW = 32  # a part of so many of a tile's scores at most is looked at one by one
 _PAIRS = 2048  # rows widened to float64 at a time: 8 MB at 512 dimensions
 
 
@@ -353,11 +354,14 @@ def _compare(
     Axis 0: the queries are the rows. Axis 1: they are the columns.
     """
     start, parts = tile.corner[axis], []
+    slots = [slot[start : start + tile.scores.shape[axis]] for slot in side.slots]
+    slots = [pairs for pairs in slots if len(pairs)]
+    if axis == 0 and len(slots) > 1:
+        high = _high_scores(tile, slots, bounds[0])
+        if high is not None:
+            return [_count_high(tile, pairs, bounds, *high) for pairs in slots]
     height, width = tile.scores.shape
-    for slot in side.slots:
-        pairs = slot[start : start + tile.scores.shape[axis]]
-        if not len(pairs):
-            break
+    for pairs in slots:
         counts = []
         for mask, bound in zip(tile.masks, bounds, strict=True):
             if axis == 0:
@@ -370,6 +374,44 @@ def _compare(
         close = counts[0] - counts[1]
         parts.append(_Part(pairs, counts[1], close, _locate(tile, axis, pairs, close)))
     return parts
+
+
+def _high_scores(
+    tile: _Tile, slots: list[Rows], lower: NDArray[np.float32]
+) -> tuple[Rows, Rows, NDArray[np.float32]] | None:
+    """Row, column and score of all that reach the lower bound of any pair of their row; None if they are not few.
+
+    A model that is worth measuring puts few texts above the right ones: then one look at the tile serves all slots.
+    """
+    height, width = tile.scores.shape
+    least = np.full(len(slots[0]), np.inf, np.float32)
+    for pairs in slots:
+        np.minimum(least[: len(pairs)], lower[pairs], out=least[: len(pairs)])
+    mask = tile.masks[0][: len(least)]
+    np.greater_equal(tile.scores[: len(least)], least[:, None], out=mask[:, :width])
+    if int(_true_in_rows(mask).sum()) * _FEW > height * width:
+        return None
+    row, column = np.divmod(np.flatnonzero(mask), mask.shape[1])
+    return row, column, tile.scores[row, column]
+
+
+def _count_high(
+    tile: _Tile,
+    pairs: Rows,
+    bounds: tuple[NDArray[np.float32], NDArray[np.float32]],
+    row: Rows,
+    column: Rows,
+    scores: NDArray[np.float32],
+) -> _Part:
+    """What `_compare` says of one slot, from the scores that may count alone; they are sorted by row."""
+    end = int(np.searchsorted(row, len(pairs)))
+    row, column, scores = row[:end], column[:end], scores[:end]
+    lower, upper = (bound[pairs][row] for bound in bounds)
+    above, near = scores >= upper, np.flatnonzero((scores >= lower) & (scores < upper))
+    where = (tile.corner[0] + row[near], tile.corner[1] + column[near], pairs[row[near]])
+    return _Part(
+        pairs, np.bincount(row[above], minlength=len(pairs)), np.bincount(row[near], minlength=len(pairs)), where
+    )
 
 
 def _true_in_rows(mask: NDArray[np.bool_]) -> Rows:

@@ -91,6 +91,7 @@ class TrainConfig:
     ema: float = 0.0  # decay of the average of the weights that is measured and kept; 0: the weights themselves
     teacher: str = ""  # a model whose similarities are learnt too, on the pictures as they are (CLIP-KD)
     distil: float = 1.0  # weight of what the teacher says, beside the objective
+    hard_group: int = 1  # pictures put together in a batch that the starting model takes for each other; 1: by chance
     guard: tuple[Test, ...] = ()  # what must not be forgotten: scored before, during and after
     max_loss: float = 0.01  # how far a score of the guard may fall, as a share
     image_tower_learning_rate: float = 1e-4  # a third of the projections': 4e-4 on the tower diverged
@@ -115,6 +116,8 @@ class TrainConfig:
         check_what(self.train)
         if self.objective not in OBJECTIVES:
             raise DataError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
+        if not 1 <= self.hard_group <= self.batch_size:
+            raise DataError(f"hard_group must be from 1 to batch_size, {self.batch_size}, not {self.hard_group}")
         if not 0 <= self.ema < 1 or self.lora_rank < 1 or not self.max_loss >= 0:
             raise DataError("ema must be from 0 to below 1, lora_rank at least 1, and max_loss at least 0")
         if not all(0 < prefix < self.dim for prefix in self.matryoshka):

@@ -19,6 +19,7 @@ from retrieval.errors import DataError
 from retrieval.evaluation import dataset_name, labelled, prompts_of
 from retrieval.pairs import Record, checksum, read_pairs
 from retrieval.training.config import Test, TrainConfig, Vocabulary
+from retrieval.training.mining import HardNegatives, hard_batches
 
 
 class Towers(Protocol):
@@ -163,15 +164,22 @@ class Batch:
 class Sampler:
     """The batches of a run, in the order they are learnt from; what is drawn in each is drawn as it is asked for."""
 
-    def __init__(self, config: TrainConfig, data: Data, class_rows: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Data,
+        class_rows: Tensor | None = None,
+        negatives: Sequence[HardNegatives] = (),
+    ) -> None:
         """Plan a run.
 
         Args:
             config: how many epochs, and of which batches.
             data: what to draw from.
             class_rows: (C, F) features of virtual pictures of the vocabulary's classes.
+            negatives: of each source, for batches that are harder than those drawn by chance.
         """
-        self.config, self.data, self.class_rows = config, data, class_rows
+        self.config, self.data, self.class_rows, self.negatives = config, data, class_rows, negatives
         self.random = np.random.default_rng(config.seed)
         self.plan = self._plan()
 
@@ -189,17 +197,26 @@ class Sampler:
         whole, part = divmod(self.config.epochs, 1)
         for share in [1.0] * int(whole) + ([part] if part else []):
             epoch = []
-            for source in self.data.sources:
+            for number, source in enumerate(self.data.sources):
                 for _ in range(source.repeat):
-                    rows = self.random.permutation(len(source.views[0]))[: math.ceil(share * len(source.views[0]))]
-                    size = self.config.batch_size
-                    chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
-                    if len(chunks) > 1 and len(chunks[-1]) < size // 2:
-                        chunks.pop()  # too few negatives to learn from; another epoch draws them elsewhere
+                    chunks = self._hard(number, share) if self.negatives else self._by_chance(source, share)
+                    smallest = int(np.argmin([len(chunk) for chunk in chunks]))
+                    if len(chunks) > 1 and len(chunks[smallest]) < self.config.batch_size // 2:
+                        chunks.pop(smallest)  # too few negatives to learn from; another epoch draws them elsewhere
                     epoch += [(source, chunk) for chunk in chunks if len(chunk) > 1]
             self.random.shuffle(epoch)
             plan += epoch
         return plan
+
+    def _by_chance(self, source: Pairs, share: float) -> list[NDArray[np.int64]]:
+        rows = self.random.permutation(len(source.views[0]))[: math.ceil(share * len(source.views[0]))]
+        return [rows[i : i + self.config.batch_size] for i in range(0, len(rows), self.config.batch_size)]
+
+    def _hard(self, source: int, share: float) -> list[NDArray[np.int64]]:
+        seed = int(self.random.integers(2**32))
+        size = min(self.config.batch_size, len(self.data.sources[source].views[0]))
+        chunks = hard_batches(self.negatives[source], size, group=min(self.config.hard_group, size), seed=seed)
+        return chunks[: math.ceil(share * len(chunks))]
 
     def _batch(self, source: Pairs, rows: NDArray[np.int64]) -> Batch:
         captions = min(self.config.captions, int(np.diff(source.first).min()))

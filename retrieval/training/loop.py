@@ -38,6 +38,7 @@ from retrieval.training.export import write_graphs
 from retrieval.training.features import FrozenTowers
 from retrieval.training.lora import add_lora, merge_lora
 from retrieval.training.losses import OBJECTIVES, info_nce, matryoshka, mutual_information_bound, relation_distillation
+from retrieval.training.mining import HardNegatives, mine
 from retrieval.training.models import StartModel, frozen_encoder, start_model
 from retrieval.training.open_clip_models import SCRATCH, OpenClipEncoder
 from retrieval.training.parameters import clamp_scale, train_mode, trainable_groups
@@ -46,6 +47,7 @@ from retrieval.training.run import PAGE, Checkpoint, RunFolder, load_optimizer, 
 from retrieval.training.towers import DualEncoder, read_lite2_weights
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the new weights, where there is something not to be forgotten
+_SAME = 0.95  # cosine of two captions that say the same: their pictures are no hard negatives of each other
 _CANDIDATES = 1000  # sentences that a picture is told from, for the bound of mutual information
 
 Progress = Callable[[int, int], None]
@@ -213,8 +215,9 @@ class _Run:
         self.config, self.model, self.towers, self.data = config, model, towers, data
         self.weights = model.trained
         rows = self._class_rows() if config.vocabulary and config.vocabulary.class_rows else None
-        self.sampler = Sampler(config, data, rows)
-        self.total, self.step = len(self.sampler), 0
+        self.step = 0
+        self.sampler = Sampler(config, data, rows, self._mined() if config.hard_group > 1 else ())
+        self.total = len(self.sampler)
         self.objective = OBJECTIVES[config.objective]
         self.shares = config.interpolate or (_SHARES if config.guard and config.model else ())
         self.start = _copy(self.weights) if self.shares else {}
@@ -239,6 +242,16 @@ class _Run:
         assert isinstance(self.model, DualEncoder)  # see _check_fit
         head = self.model.image.head
         return F.normalize((weight - weight.mean(0)) / weight.std(0) * head.std + head.mean, dim=-1)
+
+    @torch.inference_mode()
+    def _mined(self) -> list[HardNegatives]:
+        """What the model that the run begins with takes for each other, in each source."""
+        self.model.eval()
+        found = []
+        for source in self.data.sources:
+            pictures, texts = (vectors.cpu().numpy() for vectors in self._vectors(source))
+            found.append(mine(pictures, texts, source.owner, self.config.hard_group, ceiling=_SAME))
+        return found
 
     def steps(self) -> Iterator[tuple[int, float]]:
         """Train; yield (steps done, loss) after each."""

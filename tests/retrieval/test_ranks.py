@@ -81,12 +81,13 @@ def check(images, texts, image_rows, text_rows, ties):
 
 
 @contextlib.contextmanager
-def settings_of_ranks(tile=(240, 2032), unsure=4096, threads=1):
-    """Run with other tiles, another limit of unsure scores, and a number of threads."""
+def settings_of_ranks(tile=(240, 2032), unsure=4096, threads=1, few=32):
+    """Run with other tiles, other limits of unsure scores and of few ones, and a number of threads."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "_TILE_IMAGES", tile[0])
         patch.setattr(ranks, "_TILE_TEXTS", tile[1])
         patch.setattr(ranks, "_UNSURE", unsure)
+        patch.setattr(ranks, "_FEW", few)
         patch.setattr(ranks, "thread_count", lambda: threads)
         yield
 
@@ -191,6 +192,7 @@ PATHS = st.builds(
     tile=st.tuples(st.sampled_from([1, 3, 8, 240]), st.sampled_from([1, 7, 8, 17, 2032])),
     unsure=st.sampled_from([0, 3, 4096, 10**9]),
     threads=st.sampled_from([1, 1, 2, 5]),
+    few=st.sampled_from([0, 4, 32, 10**9]),  # all are few, down to none
 )
 
 
@@ -202,7 +204,10 @@ def test_equal_to_the_oracle_on_every_path(case, ties, path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("path", [{"unsure": 0}, {"unsure": 10**9}, {"threads": 2}, {"tile": (50, 64), "threads": 5}])
+@pytest.mark.parametrize(
+    "path",
+    [{"unsure": 0}, {"unsure": 10**9}, {"few": 0}, {"few": 10**9}, {"threads": 2}, {"tile": (50, 64), "threads": 5}],
+)
 def test_larger_cases(kind, path):
     """Ragged owners: images with 0, 1 and 300 texts, and right copies of wrong items far away in another tile."""
     random = np.random.default_rng(5)

@@ -239,6 +239,33 @@ def test_a_picture_meets_only_its_own_sentences():
         assert set(column) == {2 * row, 2 * row + 1}
 
 
+def test_hard_batches_hold_every_picture_once_and_neighbours_together(world, frozen, quick, tmp_path, monkeypatch):
+    """Drawings of one colour, or of one shape, are what the model takes for each other."""
+    plans = []
+    plan = Sampler._plan
+    monkeypatch.setattr(Sampler, "_plan", lambda sampler: plans.append(plan(sampler)) or plans[-1])
+    for group in (1, 5):
+        config = recipes.with_changes(
+            recipes.config_for([world.pairs], "builtin"),
+            {"epochs": 4, "batch_size": 10, "hard_group": group, "learning_rate": 1e-3},
+        )
+        loop.train(config, tmp_path / f"group{group}")
+    encoder = OnnxEncoder(Bundle.load(find_bundle("builtin")))
+    records = read_pairs(world.pairs, "train")
+    texts = encoder.encode_texts([record.texts[0] for record in records])
+
+    def alike(batches):
+        """The mean cosine of the captions that meet."""
+        return np.mean([(texts[rows] @ texts[rows].T)[~np.eye(len(rows), dtype=bool)].mean() for _, rows in batches])
+
+    by_chance, hard = plans
+    seen = np.bincount(np.concatenate([rows for _, rows in hard]), minlength=40)
+    assert seen.tolist() == [4] * 40
+    assert {len(rows) for _, rows in hard} == {10}
+    assert alike(hard) > alike(by_chance) + 0.02
+    assert [rows.tolist() for _, rows in hard[:4]] != [rows.tolist() for _, rows in hard[4:8]]  # epochs differ
+
+
 # ---- recipes ---------------------------------------------------------------------------------------------------------
 
 RECIPE = """
