@@ -119,7 +119,8 @@ def _train(
                 config.word_dropout,
                 trim=isinstance(start.model, DualEncoder),
             )
-        teacher = load_encoder(config.teacher, device=config.device) if config.teacher else None
+        device = "cpu" if config.device == "cpu" else "auto"  # a bundle as a teacher runs on the CPU in any case
+        teacher = load_encoder(config.teacher, device=device) if config.teacher else None
         data = Data(config, towers, progress, teacher)
     if not config.model and isinstance(start.model, DualEncoder):
         _standardise(start.model, towers, data)

@@ -78,7 +78,7 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """Go on with a run. UsageError when there is none, or it is done."""
-        if (path / MODEL_FILE).exists():
+        if (path / MODEL_FILE).exists() and not (path / CHECKPOINT).exists():
             raise UsageError(f"the run in {path} is done: there is nothing to resume")
         try:
             config = config_from_json(path / CONFIG)

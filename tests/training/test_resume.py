@@ -54,6 +54,23 @@ def test_ended_at_any_step_it_goes_on_bit_for_bit(config, quick, tmp_path, monke
         loop.resume(tmp_path / "ended")
 
 
+def test_ended_while_the_result_is_measured(config, quick, tmp_path, monkeypatch):
+    """All steps are done and the bundle is written: resuming measures it, and writes what is missing."""
+    whole = loop.train(config, tmp_path / "whole")
+
+    def end(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_measure", end)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config, tmp_path / "ended")
+    assert loop.resume(tmp_path / "ended") == whole
+    assert weights(tmp_path / "ended") == weights(tmp_path / "whole")
+    assert (tmp_path / "ended" / LOG).read_text() == (tmp_path / "whole" / LOG).read_text()
+    assert (tmp_path / "ended" / "run.html").exists()
+
+
 def test_kill_9_at_random_moments(world, tmp_path):
     """Of the whole command, from its first second to its last."""
     recipe = tmp_path / "recipe.toml"
