@@ -6,7 +6,7 @@ All pictures are held in memory, as bytes at the model's size: 47,000 at 260 x 2
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -85,21 +85,27 @@ class TrainedTowers:
                 pixels = augment(part) if training else part.permute(0, 3, 1, 2).float() / 255
                 pixels = (pixels - self.mean[:, None, None]) / self.std[:, None, None]
                 pixels = pixels.contiguous(memory_format=torch.channels_last)  # half the time of other orders
-                if training and len(pictures) > self.part:
-                    trunk = self.model.image.trunk
-                    features.append(checkpoint(trunk, pixels, use_reentrant=False, preserve_rng_state=False))
-                else:
-                    features.append(self.model.image.trunk(pixels))
+                features.append(self._through(self.model.image.trunk, pixels, len(pictures)))
         return torch.cat(features).float()
 
     def text_features(self, sentences: Tensor) -> Tensor:
-        """(B, L) int64 -> (B, G). In training some words are hidden."""
+        """(B, L) int64 -> (B, G). In training some words are hidden; more than ``part`` go through in parts as well."""
         if self.model.training and self.word_dropout:
             sentences = hide_words(sentences, self.word_dropout)
         length = int((sentences != 0).sum(1).max()) if self.trim else sentences.shape[1]
         with self._autocast():
-            features: Tensor = self.model.text.trunk(sentences[:, :length])
-        return features.float()
+            features = [
+                self._through(self.model.text.trunk, part, len(sentences))
+                for part in torch.split(sentences[:, :length], self.part)
+            ]
+        return torch.cat(features).float()
+
+    def _through(self, trunk: Callable[[Tensor], Tensor], part: Tensor, batch: int) -> Tensor:
+        """A part of a batch through a trunk; its activations are not kept if the batch has more parts."""
+        if self.model.training and batch > self.part:
+            features: Tensor = checkpoint(trunk, part, use_reentrant=False)
+            return features
+        return trunk(part)
 
     def _autocast(self) -> torch.autocast:
         # bf16 has fp32's range, so that nothing needs scaling; on a CPU it gains nothing

@@ -87,8 +87,14 @@ def test_parts_give_the_gradients_of_the_whole_batch(toy: TrainConfig, monkeypat
         towers = TrainedTowers(start.model, start.preprocessing, start.tokenizer_json, 64, "cpu", part, 0.0)
         pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8))
         start.model.train()
-        towers.image_features(pictures).square().sum().backward()  # type: ignore[no-untyped-call]
-        gradients.append([weight.grad for weight in start.model.image.trunk.parameters()])
+        texts = [
+            f"a {colour} square on the {side}" for colour in ("red", "green", "blue") for side in ("left", "right")
+        ]
+        sentences = towers.sentences([*texts, "something red", "left"])  # of several lengths
+        loss = towers.image_features(pictures).square().sum() + towers.text_features(sentences).square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        trunks = (start.model.image.trunk, start.model.text.trunk)
+        gradients.append([weight.grad for trunk in trunks for weight in trunk.parameters()])
     for whole, parts in zip(*gradients, strict=True):
         assert whole is not None
         torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()) + 1e-7)
