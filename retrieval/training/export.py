@@ -165,13 +165,17 @@ def _store_as_fp16(graph: Any) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the weights of one exported tower under its own parameter names, in float32."""
+    """Read the weights of one exported tower under its own parameter names, in float32. ModelError when damaged."""
     try:
         import onnx
     except ImportError as error:
         raise MissingExtra("training a model further", "'diptych[torch]'") from error
+    try:
+        graph = onnx.load(str(path)).graph
+    except Exception as error:  # protobuf's share no public base class with onnx's
+        raise ModelError(f"{path} cannot be read as an ONNX graph: the file is damaged or not a model") from error
     weights = {}
-    for tensor in onnx.load(str(path)).graph.initializer:
+    for tensor in graph.initializer:
         name = tensor.name.removesuffix(".fp16")
         if name.startswith("tower."):
             weights[name.removeprefix("tower.")] = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()).float()

@@ -83,15 +83,15 @@ def create(name: str) -> tuple[Any, Mapping[str, Any], Any]:
 
 def from_bundle(bundle: Bundle) -> Any:
     """The model that a bundle was exported from, with the bundle's weights. ModelError when they do not fit."""
-    architecture: Mapping[str, Any] | None = bundle.source.get("architecture")
-    if not architecture:
+    architecture = bundle.source.get("architecture")
+    if not isinstance(architecture, Mapping):
         raise ModelError(f"{bundle.path} cannot be trained further: it does not name its architecture")
+    weights = {**read_weights(bundle.path / TEXT_FILE), **read_weights(bundle.path / IMAGE_FILE)}
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / "diptych-bundle.json"
         config.write_text(json.dumps(architecture), "utf-8")
         open_clip.add_model_config(config)
         clip = open_clip.create_model("diptych-bundle")
-    weights = {**read_weights(bundle.path / TEXT_FILE), **read_weights(bundle.path / IMAGE_FILE)}
     own = clip.state_dict()
     lost = [name for name in own if name not in weights and not _computed(name)]
     if lost or any(own[name].shape != value.shape for name, value in weights.items() if name in own):

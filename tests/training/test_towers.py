@@ -83,13 +83,24 @@ def test_graphs_of_another_network_are_refused(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_bundle_with_other_towers_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ({"library": "keras"}, "cannot be trained further: its towers are neither open_clip's nor among"),
+        ({"library": "open_clip", "architecture": "RN50"}, "does not name its architecture"),
+        ({"library": "open_clip", "architecture": {"embed_dim": 4}}, r"text\.onnx cannot be read as an ONNX graph"),
+        (
+            {"image_tower": "efficientnet-lite2", "text_tower": "minilm-l6"},
+            r"image\.onnx cannot be read as an ONNX graph",
+        ),
+    ],
+)
+def test_a_bundle_that_cannot_be_read_or_has_other_towers_is_refused(tmp_path, source, words):
     for name in ("image.onnx", "text.onnx", "tokenizer.json"):
         (tmp_path / name).write_bytes(b"x")
-    source = {"library": "open_clip", "architecture": "RN50"}
     preprocessing = Bundle.load(find_bundle("builtin")).preprocessing
     Bundle(tmp_path, "other", 4, preprocessing, 77, 1.0, source=source).save()
-    with pytest.raises(ModelError, match="cannot be trained further: its towers are not among"):
+    with pytest.raises(ModelError, match=words):
         start_from_bundle(str(tmp_path))
 
 
