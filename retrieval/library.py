@@ -24,11 +24,10 @@ from retrieval.bundle import Bundle
 from retrieval.encoders import BUILTIN, Encoder, data_folder, find_bundle, lasting_spec, load_encoder
 from retrieval.errors import ImageError, UsageError
 from retrieval.folder import ScannedFile, scan
-from retrieval.images import MAX_PIXELS, Photo, os_reason, read_photo
+from retrieval.images import MAX_BYTES, MAX_PIXELS, Photo, os_reason, read_photo
 from retrieval.pipeline import map_ahead
 
 STORE_NAME = ".diptych"
-_MAX_FILE_BYTES = 2**30  # a larger file is no photo; it would be read into memory whole
 _BATCH = 16
 _MAX_WEIGHT = 1000  # beside it, nothing else in the query counts
 QUICK_SCAN = 50_000  # pictures; looking through a folder costs about 10 microseconds a file
@@ -374,8 +373,8 @@ class _Run:
     def _read(self, file: ScannedFile, reuse: bool = True) -> _Read | ImageError | None:
         """In a thread. ``reuse``: do not decode what the store holds already. None: the file vanished."""
         path = self.library.root / file.path
-        if file.size > _MAX_FILE_BYTES:
-            return ImageError(f"{file.size / 2**20:,.0f} MB, more than the limit of {_MAX_FILE_BYTES // 2**20:,} MB")
+        if file.size > MAX_BYTES:
+            return ImageError(f"{file.size / 2**20:,.0f} MB, more than the limit of {MAX_BYTES // 2**20:,} MB")
         try:
             data = path.read_bytes()
         except FileNotFoundError:

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 from retrieval.training import loop  # noqa: E402
 from retrieval.training import models as starts  # noqa: E402
 from retrieval.training.config import Source, TrainConfig, Vocabulary  # noqa: E402
+from retrieval.training.run import RunFolder  # noqa: E402
 from retrieval.training.towers import EfficientNetLite, MiniLM  # noqa: E402
 from tests.training.drawings import COLOURS, SHAPES, draw  # noqa: E402
 
@@ -132,3 +133,20 @@ def one_thread(monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def ended_after(monkeypatch):
+    """Have every run end, as by Ctrl-C, right after the checkpoints of these steps."""
+
+    def ended_after(*steps: int):
+        save = RunFolder.save
+
+        def save_and_end(folder, step, tensors, random):
+            save(folder, step, tensors, random)
+            if step in steps:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(RunFolder, "save", save_and_end)
+
+    return ended_after

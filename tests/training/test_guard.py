@@ -19,7 +19,7 @@ from retrieval.pairs import read_pairs  # noqa: E402
 from retrieval.training import config as recipes  # noqa: E402
 from retrieval.training import loop  # noqa: E402
 from retrieval.training.losses import OBJECTIVES  # noqa: E402
-from retrieval.training.run import LOG, RunFolder  # noqa: E402
+from retrieval.training.run import LOG  # noqa: E402
 from tests.cli.commands import complaint, diptych  # noqa: E402
 from tests.odd_photos import real_photos  # noqa: E402
 from tests.training.drawings import weights  # noqa: E402
@@ -133,20 +133,12 @@ def _remember(init, into):
     return wrapped
 
 
-def test_a_run_with_an_average_goes_on_bit_for_bit(toy, tmp_path, monkeypatch):
+def test_a_run_with_an_average_goes_on_bit_for_bit(toy, tmp_path, ended_after):
     settings = replace(toy, ema=0.9, checkpoint_seconds=0.0, objective="sigmoid", matryoshka=(8,))
     whole = loop.train(settings, tmp_path / "whole")
-    save = RunFolder.save
-
-    def save_and_end(folder, step, tensors, random):
-        save(folder, step, tensors, random)
-        if step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "save", save_and_end)
-        with pytest.raises(KeyboardInterrupt):
-            loop.train(settings, tmp_path / "ended")
+    ended_after(3)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(settings, tmp_path / "ended")
     assert loop.resume(tmp_path / "ended") == whole
     assert weights(tmp_path / "ended") == weights(tmp_path / "whole")
 

@@ -20,7 +20,6 @@ from retrieval.onnx_encoder import OnnxEncoder  # noqa: E402
 from retrieval.pairs import read_pairs  # noqa: E402
 from retrieval.training import config as recipes  # noqa: E402
 from retrieval.training import loop, models  # noqa: E402
-from retrieval.training.run import RunFolder  # noqa: E402
 from tests.retrieval.open_clip_models import TEXTS, TINY, photos, save_model  # noqa: E402
 from tests.training.drawings import weights  # noqa: E402
 
@@ -115,21 +114,13 @@ def test_parts_of_it(config, tmp_path, what):
         assert all("attn" in name or "mlp" in name for name in changed)
 
 
-def test_it_goes_on_after_a_kill(config, tmp_path, monkeypatch):
+def test_it_goes_on_after_a_kill(config, tmp_path, ended_after):
     folder = save_model(tmp_path / "tiny", TINY["resnet"])
     settings = replace(config, model=f"local-dir:{folder}", checkpoint_seconds=0.0)
     whole = loop.train(settings, tmp_path / "whole")
-    save = RunFolder.save
-
-    def save_and_end(run, step, tensors, random):
-        save(run, step, tensors, random)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "save", save_and_end)
-        with pytest.raises(KeyboardInterrupt):
-            loop.train(settings, tmp_path / "ended")
+    ended_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(settings, tmp_path / "ended")
     assert loop.resume(tmp_path / "ended") == whole
     assert weights(tmp_path / "ended") == weights(tmp_path / "whole")
 

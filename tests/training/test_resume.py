@@ -29,16 +29,9 @@ def config(world):
     return replace(start, epochs=12, learning_rate=1e-3, views=("clean", "crop1"), checkpoint_seconds=0.0)
 
 
-def test_ended_at_any_step_it_goes_on_bit_for_bit(config, quick, tmp_path, monkeypatch):
+def test_ended_at_any_step_it_goes_on_bit_for_bit(config, quick, tmp_path, ended_after):
     whole = loop.train(config, tmp_path / "whole")
-    save = RunFolder.save
-
-    def save_and_end(folder, step, tensors, random):
-        save(folder, step, tensors, random)
-        if step in (1, 5, 12):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(RunFolder, "save", save_and_end)
+    ended_after(1, 5, 12)
     with pytest.raises(KeyboardInterrupt):
         loop.train(config, tmp_path / "ended")
     torch.manual_seed(99)  # whatever the next process begins with
