@@ -19,6 +19,7 @@ from retrieval.training.parameters import check_what
 from retrieval.training.towers import IMAGE_TOWERS, TEXT_TOWERS
 
 Settings = TypeVar("Settings")
+_MOST_RATE = 1e30  # beyond it AdamW's steps are no float32 any more; what diverges diverges long before
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,9 @@ class TrainConfig:
             raise DataError("there is nothing to learn from: name pairs in at least one [[sources]]")
         if not 0 < self.epochs < math.inf or self.batch_size < 2 or not 0 <= self.learning_rate < math.inf:
             raise DataError("epochs must be more than 0, batch_size at least 2, and learning_rate a number from 0 on")
+        rates = (self.learning_rate, self.image_tower_learning_rate, self.text_tower_learning_rate)
+        if not all(0 <= rate <= _MOST_RATE for rate in rates):
+            raise DataError(f"learning rates must be numbers from 0 to {_MOST_RATE:g}")
 
     def _check_sampling(self) -> None:
         if self.mine_every < 0 or (self.mine_every and self.hard_group == 1):

@@ -85,7 +85,8 @@ class TrainedTowers:
 
     def sentences(self, texts: Sequence[str]) -> Tensor:
         """(M, context length) int64 token ids, 0 is padding."""
-        ids = torch.tensor([encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))])
+        whole = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]  # half characters: as in search
+        ids = torch.tensor([encoding.ids for encoding in self.tokenizer.encode_batch(whole)])
         return F.pad(ids, (0, self.context_length - ids.shape[1])).to(self.device)
 
     def image_features(self, pictures: Tensor) -> Tensor:

@@ -358,6 +358,8 @@ def complaint(quick, capfd):
         ("epochs = 0", "epochs must be more than 0"),
         ("epochs = nan", "epochs must be more than 0"),
         ("learning_rate = nan", "learning_rate a number from 0 on"),
+        ("learning_rate = 1e38", "learning rates must be numbers from 0 to 1e+30"),
+        ("text_tower_learning_rate = -1", "learning rates must be numbers from 0 to 1e+30"),
         ("batch_size = 1", "batch_size at least 2"),
         ("batch_size = 2.5", "batch_size cannot be 2.5"),
         ("views = 'clean'", "views cannot be 'clean'"),
