@@ -16,6 +16,7 @@ from retrieval.errors import DataError
 from retrieval.pairs import read_pairs
 from retrieval.training.losses import OBJECTIVES
 from retrieval.training.parameters import check_what
+from retrieval.training.reading import MAY_LACK
 from retrieval.training.towers import IMAGE_TOWERS, TEXT_TOWERS
 
 Settings = TypeVar("Settings")
@@ -240,7 +241,7 @@ def guards(sources: Sequence[Path]) -> tuple[Test, ...]:
     """What to watch over: captions where there are any, else labels; the test split where there is one."""
     found = []
     for source in sources:
-        records = read_pairs(source, prefer="test")
+        records = read_pairs(source, prefer="test", may_lack=MAY_LACK)
         split = "test" if all(record.split == "test" for record in records) else None
         task = "retrieval" if any(record.texts for record in records) else "classification"
         found.append(Test(str(source.absolute()), split, task))

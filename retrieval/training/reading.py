@@ -20,7 +20,7 @@ from retrieval.pairs import Record, read_pairs
 
 Note = Callable[[str], None]
 
-_MAY_LACK = 0.5  # share of the pictures: from there on, what is left is not what was meant
+MAY_LACK = 0.5  # share of the pictures: from there on, what is left is not what was meant
 
 
 def read_for_training(source: Path, split: str | None = None, *, note: Note | None = None) -> list[Record]:
@@ -29,7 +29,7 @@ def read_for_training(source: Path, split: str | None = None, *, note: Note | No
     Missing pictures are among them, up to half: they are left out with all others that cannot be read, and with their
     reason.
     """
-    records = read_pairs(source, split, may_lack=_MAY_LACK)
+    records = read_pairs(source, split, may_lack=MAY_LACK)
     cleaned = [_without_empty(record) for record in records]
     empty = sum(len(record.texts) for record in records) - sum(len(record.texts) for record in cleaned)
     if empty and note:
@@ -60,7 +60,7 @@ def without_unreadable(
         return [*records]
     said = f"{len(unreadable)} of {len(records)} pictures cannot be read"
     reasons = [*unreadable.values()]
-    if len(unreadable) > _MAY_LACK * len(records):
+    if len(unreadable) > MAY_LACK * len(records):
         raise DataError(f"{name}: {said}, the first: {one_line(reasons[0])}")
     if note:
         note(f"{name}: {said} and are left out: {some(reasons)}")

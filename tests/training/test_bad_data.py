@@ -77,7 +77,6 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(kind, tmp_path):
     guard = write(
         tmp_path / "guard.jsonl", [{**line, "image": f"data/{line['image']}"} for line in lines(kind.data)[:6]]
     )
-    config = replace(kind.config, guard=recipes.guards([guard]), max_loss=1.0)
     every = lines(kind.data)
     train_bad = [line["image"] for line in every if line["split"] == "train"][4:9]  # of 40
     val_bad = [line["image"] for line in every if line["split"] == "val"][3:5]  # of 20
@@ -86,6 +85,7 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(kind, tmp_path):
     for name in val_bad:
         DAMAGE["empty"][0](kind.data / name)
     bad = {*train_bad, *val_bad}
+    config = replace(kind.config, guard=recipes.guards([guard]), max_loss=1.0)
     said, scores = train(config, tmp_path / "run")
 
     left_out = [line for line in said if "left out" in line]
