@@ -339,7 +339,8 @@ def _show(page: Path, in_browser: bool) -> None:
 @app.command()
 def train(
     pairs: Annotated[
-        list[Path] | None, typer.Argument(metavar="PAIRS...", help="JSONL files of {image, captions, split}.")
+        list[Path] | None,
+        typer.Argument(metavar="PAIRS...", help="Pictures with captions or labels: whatever `evaluate` reads."),
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to make: the run, and the trained model.")

@@ -76,7 +76,7 @@ def encode_pictures(
         view: what is encoded of each picture; None is the whole of it, as search sees it.
 
     Raises:
-        DataError: pictures cannot be read: how many, and the first of them. All have been tried then.
+        UnreadablePictures: a DataError; how many, and the first of them. All have been tried then.
     """
     if cache is not None:
         cache.refresh()
@@ -144,27 +144,43 @@ def _fetch(encoder: Encoder, cached: Mapping[bytes, Picture], cache: EmbeddingCa
     return rows
 
 
+class UnreadablePictures(DataError):
+    """Pictures cannot be read; all have been tried. ``reasons`` says of each by its row which it is, and why."""
+
+    def __init__(self, reasons: Mapping[int, str], count: int) -> None:
+        first = next(iter(reasons.values()))
+        super().__init__(f"{len(reasons)} of {count} pictures cannot be read, the first: {first}")
+        self.reasons = reasons
+
+
+def try_all(
+    prepare: Callable[[Picture, bytes], Result], pictures: Sequence[Picture]
+) -> Iterator[tuple[Picture, Result | ImageError]]:
+    """Yield each picture and ``prepare(picture, its bytes)``, or why there is none; computed ahead by threads."""
+
+    def attempt(picture: Picture) -> Result | ImageError:
+        try:
+            return prepare(picture, picture_bytes(picture))
+        except ImageError as error:
+            return error
+
+    yield from map_ahead(attempt, pictures)
+
+
 def read_all(prepare: Callable[[Picture, bytes], Result], pictures: Sequence[Picture]) -> Iterator[Result]:
     """Yield ``prepare(picture, its bytes)`` in order, computed ahead by threads; an ImageError of it is collected.
 
     Raises:
-        DataError: at the end, if pictures cannot be read. What follows the first of them is tried, and not yielded.
+        UnreadablePictures: at the end. What follows the first of them is tried, and not yielded.
     """
-
-    def attempt(picture: Picture) -> Result | ImageError:
-        try:
-            return prepare(picture, _read(picture))
-        except ImageError as error:
-            return error
-
-    failures: list[str] = []
-    for picture, result in map_ahead(attempt, pictures):
+    reasons: dict[int, str] = {}
+    for row, (picture, result) in enumerate(try_all(prepare, pictures)):
         if isinstance(result, ImageError):
-            failures.append(f"{picture}: {result}")
-        elif not failures:
+            reasons[row] = f"{picture}: {result}"
+        elif not reasons:
             yield result
-    if failures:
-        raise DataError(f"{len(failures)} of {len(pictures)} pictures cannot be read, the first: {failures[0]}")
+    if reasons:
+        raise UnreadablePictures(reasons, len(pictures))
 
 
 def encode_sentences(encoder: Encoder, texts: Sequence[str], *, cache: EmbeddingCache | None = None) -> Vectors:
@@ -194,7 +210,8 @@ def _picture_key(data: bytes, view: str) -> bytes:
     return hashlib.sha256(_PICTURE + name + b"\0" + hashlib.sha256(data).digest()).digest()
 
 
-def _read(picture: Picture) -> bytes:
+def picture_bytes(picture: Picture) -> bytes:
+    """Read an encoded picture; raises ImageError."""
     if isinstance(picture, Path):
         return read_file(picture)
     try:

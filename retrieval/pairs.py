@@ -44,7 +44,12 @@ class Record:
 
 
 def read_pairs(
-    source: Path, split: str | None = None, *, prefer: str | None = None, images: Path | None = None
+    source: Path,
+    split: str | None = None,
+    *,
+    prefer: str | None = None,
+    images: Path | None = None,
+    may_lack: float = 0.0,
 ) -> list[Record]:
     """Read a file or a folder that pairs pictures with sentences or labels. Its kind is told by its content.
 
@@ -58,8 +63,9 @@ def read_pairs(
       title, sentence or comment; labels, label or class; split. Of several, the first in this order; every other
       column is kept. In CSV a column is read as numbers if each of its cells is one or empty (007 is none). A Parquet
       column may hold lists, and the pictures themselves, as bytes or as ``{bytes, path}``
-    - webdataset tars: one, a folder of them, or one sub-folder per split. ``KEY.jpg`` (or another picture) with
-      ``KEY.txt`` (captions, one a line), ``KEY.json``, ``KEY.cls`` (an index into ``classnames.txt``)
+    - webdataset tars: one, several as ``shards-{000..009}.tar``, a folder of them, or one sub-folder per split.
+      ``KEY.jpg`` (or another picture) with ``KEY.txt`` (captions, one a line), ``KEY.json``, ``KEY.cls`` (an index into
+      ``classnames.txt``)
     - a folder of ``a.jpg`` with ``a.txt``, ``a.caption`` or ``a.json``; or, without any of these, one sub-folder per
       class. Above either, train, val, validation, dev and test are splits (validation and dev: val)
 
@@ -77,6 +83,7 @@ def read_pairs(
         split: only this split; None for all of them.
         prefer: only this split where there is one and none was asked for.
         images: the folder that the pictures lie in.
+        may_lack: the share of the pictures that may be missing; they are among the records all the same.
 
     Raises:
         DataError: the source cannot be read or is of no known kind, something in it is wrong, pictures are missing (in
@@ -93,7 +100,7 @@ def read_pairs(
     if split is not None:
         records = select_split(records, split, source)
     missing = _missing([str(record.image) for record in records if isinstance(record.image, Path)])
-    if missing:
+    if len(missing) > may_lack * len(records):
         raise DataError(
             f"{len(missing)} of the {len(records)} pictures that {source} names are missing: {some(missing)}; "
             "if they lie elsewhere, name their folder with --images"

@@ -16,7 +16,17 @@ from retrieval.pair_formats.flickr import is_results, is_tokens, read_results, r
 from retrieval.pair_formats.folders import read_tree
 from retrieval.pair_formats.rows import KINDS, Picture, PictureBytes, Row, Rows, TarMember, decode, one_line, some
 from retrieval.pair_formats.tables import is_csv, is_parquet, read_csv, read_parquet
-from retrieval.pair_formats.tars import COMPRESSED, HEAD, UNPACK, holds_tars, is_tar, read_tar, read_tar_folder
+from retrieval.pair_formats.tars import (
+    COMPRESSED,
+    HEAD,
+    UNPACK,
+    holds_tars,
+    is_pattern,
+    is_tar,
+    read_tar,
+    read_tar_folder,
+    read_tar_pattern,
+)
 
 __all__ = ["KINDS", "Picture", "PictureBytes", "Row", "Rows", "TarMember", "one_line", "read_rows", "some"]
 
@@ -30,6 +40,8 @@ def read_rows(source: Path) -> Rows:
     try:
         if source.is_dir():
             return next(read(source) for fits, read in _FOLDERS if fits(source))
+        if is_pattern(source):
+            return read_tar_pattern(source)
         with source.open("rb") as stream:  # once: a pipe cannot be read again
             head = stream.read(HEAD)
             for fits, read in _BINARY:

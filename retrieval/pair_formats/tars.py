@@ -1,4 +1,4 @@
-"""Webdataset: one tar, or a folder of them."""
+"""Webdataset: one tar, several in brace notation, or a folder of them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ from retrieval.pair_formats.rows import (
     one_line,
     some,
 )
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_MOST_SHARDS = 100_000  # of one pattern; more is a slip of the keyboard
 
 HEAD = 512  # bytes that tell a binary format: one block of a tar
 
@@ -53,6 +57,61 @@ def read_tar_folder(folder: Path) -> Rows:
         for shard in shards:
             rows += _tar_rows(shard, split, classes)
     return Rows(rows)
+
+
+def is_pattern(source: Path) -> bool:
+    """Whether a name that is nobody's stands for several, as ``shards-{000..009}.tar`` does in webdataset."""
+    return _BRACES.search(str(source)) is not None and not source.exists()
+
+
+def read_tar_pattern(source: Path) -> Rows:
+    """All shards that a pattern stands for."""
+    shards = [Path(name) for name in expand_braces(str(source))]
+    missing = [shard for shard in shards if not shard.is_file()]
+    if missing:
+        counted = f"{len(missing)} of the {len(shards)} files that {source} stands for"
+        raise DataError(f"{counted} are missing: {some(missing)}")
+    other = [shard for shard in shards if not _begins_as_tar(shard)]
+    if other:
+        raise DataError(f"{source} stands for {some(other)}, no .tar: only those are read in braces")
+    return Rows([row for shard in shards for row in read_tar(shard).rows])
+
+
+def _begins_as_tar(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return is_tar(file, stream.read(HEAD))
+
+
+def expand_braces(name: str) -> list[str]:
+    """The names that a shell makes of ``{000..009}`` and ``{train,val}``: every choice, the last changing fastest.
+
+    Raises:
+        DataError: braces with neither a range nor a list in them, or a pattern of very many names.
+    """
+    parts = _BRACES.split(name)  # what is between braces, and what is in them, in turn
+    names = [""]
+    for number, part in enumerate(parts):
+        choices = _choices(name, part) if number % 2 else [part]
+        if len(names) * len(choices) > _MOST_SHARDS:
+            raise DataError(f"{name} stands for more than {_MOST_SHARDS:,} files")
+        names = [begun + choice for begun in names for choice in choices]
+    return names
+
+
+def _choices(name: str, inside: str) -> list[str]:
+    bounds = _RANGE.fullmatch(inside)
+    if bounds is None:
+        if "," not in inside:
+            raise DataError(f"{name}: between braces stands a range as {{000..009}}, or a list as {{train,val}}")
+        return inside.split(",")
+    first, last = bounds.groups()
+    padded = any(len(bound) > 1 and bound.startswith("0") for bound in (first, last))
+    width = max(len(first), len(last)) if padded else 0
+    low, high = int(first), int(last)
+    if abs(high - low) >= _MOST_SHARDS:
+        raise DataError(f"{name} stands for more than {_MOST_SHARDS:,} files")
+    numbers = range(low, high + 1) if low <= high else range(low, high - 1, -1)
+    return [str(value).zfill(width) for value in numbers]
 
 
 def holds_tars(folder: Path) -> bool:

@@ -16,19 +16,32 @@ from retrieval.errors import DataError
 from retrieval.pairs import read_pairs
 from retrieval.training.losses import OBJECTIVES
 from retrieval.training.parameters import check_what
+from retrieval.training.reading import MAY_LACK
 from retrieval.training.towers import IMAGE_TOWERS, TEXT_TOWERS
 
 Settings = TypeVar("Settings")
+_MOST_RATE = 1e30  # beyond it AdamW's steps are no float32 any more; what diverges diverges long before
 
 
 @dataclass(frozen=True)
 class Source:
     """Pairs to learn from. Every batch comes from one source, which keeps its pictures each other's negatives."""
 
-    pairs: str  # a JSONL file, relative to the data folder
+    pairs: str  # whatever `read_pairs` reads, relative to the data folder
     split: str | None = None
     repeat: int = 1  # passes over it in one epoch
     validate: bool = True  # on its ``val`` split, where it has one
+    weight: float = 0.0  # share of the batches that are of this source; 0: as many as its passes make
+    balance: str = ""  # a column, or label: pictures of each of its values are drawn equally often; empty: each once
+    balance_power: float = 0.0  # 0: so it is; up to 1, values of more pictures are drawn more often, as n ** power
+
+    def __post_init__(self) -> None:
+        if self.repeat < 1 or not 0 <= self.weight <= 1 or not 0 <= self.balance_power <= 1:
+            raise DataError("repeat must be at least 1, weight and balance_power from 0 to 1")
+        if self.weight and self.repeat != 1:
+            raise DataError("weight and repeat both say how often a source is drawn: give one of them")
+        if self.balance_power and not self.balance:
+            raise DataError("balance_power is of a balance: name its column")
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,7 @@ class TrainConfig:
     teacher: str = ""  # a model whose similarities are learnt too, on the pictures as they are (CLIP-KD)
     distil: float = 1.0  # weight of what the teacher says, beside the objective
     hard_group: int = 1  # pictures put together in a batch that the starting model takes for each other; 1: by chance
+    mine_every: int = 0  # epochs, after which the hard groups are looked for anew, by the model as it is; 0: never
     guard: tuple[Test, ...] = ()  # what must not be forgotten: scored before, during and after
     max_loss: float = 0.01  # how far a score of the guard may fall, as a share
     image_tower_learning_rate: float = 1e-4  # a third of the projections': 4e-4 on the tower diverged
@@ -100,6 +114,7 @@ class TrainConfig:
     word_dropout: float = 0.0  # share of a caption's words hidden, so that none is learnt by heart
     captions: int = 1  # of each picture in a batch, at most as many as it has; costs the text tower only
     part: int = 256  # pictures in the tower at a time; a larger batch is passed twice in parts: memory for time
+    in_memory_gb: float = 4.0  # of decoded pictures; beyond it they are decoded at every visit. A quarter of a laptop
     interpolate: tuple[float, ...] = ()  # shares of the new weights to try, the rest the start's; empty: new ones
     checkpoint_seconds: float = 120  # between checkpoints: what a kill may cost
     command: str = ""  # for the record in model.json: what was typed, DATA standing for the data folder
@@ -122,10 +137,25 @@ class TrainConfig:
             raise DataError("ema must be from 0 to below 1, lora_rank at least 1, and max_loss at least 0")
         if not all(0 < prefix < self.dim for prefix in self.matryoshka):
             raise DataError(f"matryoshka prefixes must lie between 0 and dim, {self.dim}")
+        self._check_sampling()
+        if not 0 <= self.in_memory_gb < math.inf:
+            raise DataError(f"in_memory_gb must be a number from 0 on, not {self.in_memory_gb}")
         if not self.sources:
             raise DataError("there is nothing to learn from: name pairs in at least one [[sources]]")
         if not 0 < self.epochs < math.inf or self.batch_size < 2 or not 0 <= self.learning_rate < math.inf:
             raise DataError("epochs must be more than 0, batch_size at least 2, and learning_rate a number from 0 on")
+        rates = (self.learning_rate, self.image_tower_learning_rate, self.text_tower_learning_rate)
+        if not all(0 <= rate <= _MOST_RATE for rate in rates):
+            raise DataError(f"learning rates must be numbers from 0 to {_MOST_RATE:g}")
+
+    def _check_sampling(self) -> None:
+        if self.mine_every < 0 or (self.mine_every and self.hard_group == 1):
+            raise DataError("mine_every must be at least 0, and is of hard groups: set hard_group to more than 1")
+        if self.hard_group > 1 and any(source.balance for source in self.sources):
+            raise DataError("a balance and hard groups both decide who is drawn: leave one of them out")
+        weights = [source.weight for source in self.sources]
+        if sum(weights) >= 1 and not all(weights):
+            raise DataError("the weights leave no batch to the sources without one: their sum must be below 1")
 
 
 def load_config(file: Path, data: Path | None = None) -> TrainConfig:
@@ -211,7 +241,7 @@ def guards(sources: Sequence[Path]) -> tuple[Test, ...]:
     """What to watch over: captions where there are any, else labels; the test split where there is one."""
     found = []
     for source in sources:
-        records = read_pairs(source, prefer="test")
+        records = read_pairs(source, prefer="test", may_lack=MAY_LACK)
         split = "test" if all(record.split == "test" for record in records) else None
         task = "retrieval" if any(record.texts for record in records) else "classification"
         found.append(Test(str(source.absolute()), split, task))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,15 +22,27 @@ from retrieval.encoders import Encoder
 from retrieval.errors import DataError
 from retrieval.evaluation import dataset_name, labelled, prompts_of
 from retrieval.pairs import Record, checksum, read_pairs
-from retrieval.training.config import Test, TrainConfig, Vocabulary
+from retrieval.training.config import Source, Test, TrainConfig, Vocabulary
 from retrieval.training.mining import HardNegatives, hard_batches
+from retrieval.training.reading import (
+    Note,
+    classes_of,
+    is_labelled_only,
+    read_for_training,
+    with_prompts,
+    without_unreadable,
+)
+from retrieval.training.sampling import Balance, balance_by, batches_of_sources
+from retrieval.training.streaming import PictureRows, begin, decoders, parts
 
 
 class Towers(Protocol):
     """What stands between the data and the projections: it says what of a picture or a sentence is kept."""
 
-    def pictures(self, records: Sequence[Record], progress: Progress | None = None) -> list[Tensor]:
-        """Views of the records' pictures, one row each."""
+    def pictures(
+        self, records: Sequence[Record], progress: Progress | None = None
+    ) -> tuple[list[PictureRows], Mapping[int, str]]:
+        """Views of the pictures that can be read, one row each; of the others, by their place, which and why."""
         ...
 
     def sentences(self, texts: Sequence[str]) -> Tensor:
@@ -46,12 +62,15 @@ class Towers(Protocol):
 class Pairs:
     """One source, as the towers keep it: views of its pictures, sentences, and which of these belong to which."""
 
-    views: list[Tensor]  # each of N rows
+    views: list[PictureRows]  # each of N rows
     texts: Tensor  # M rows
     first: NDArray[np.int64]  # (N + 1,) picture i owns the sentences first[i]:first[i + 1]
     repeat: int
     anchor: Tensor | None  # (N, F) features of the pictures before training
     taught: tuple[Tensor, Tensor] | None = None  # (N, E) and (M, E) the teacher's vectors of pictures and sentences
+    weight: float = 0.0  # share of the batches; 0: as many as the passes over it make
+    balance: Balance | None = None  # which pictures are drawn how often; None: each once in a pass
+    classes: NDArray[np.int64] | None = None  # (N,) pictures of one class are no negatives; None: each is its own
 
     @property
     def owner(self) -> NDArray[np.int64]:
@@ -72,80 +91,140 @@ class Data:
     """Everything that training reads."""
 
     def __init__(
-        self, config: TrainConfig, towers: Towers, progress: Progress | None, teacher: Encoder | None = None
+        self,
+        config: TrainConfig,
+        towers: Towers,
+        progress: Progress | None,
+        teacher: Encoder | None = None,
+        note: Note | None = None,
     ) -> None:
         base = Path(config.data)
         self.towers, self.anchored = towers, config.train != "heads" and config.anchor > 0
         self.teacher, self.device = teacher, config.device
+        self.progress, self.note = progress, note
         self.record: list[dict[str, Any]] = []
         self.sources: list[Pairs] = []
         self.validation: list[Record] = []
+        self.named: list[HeldOut] = []  # to validate on: sources of labels
+        for test in config.tests:
+            read_pairs(base / test.pairs, test.split)  # what is missing is said now, and not when all is done
         for source in config.sources:
-            records = read_pairs(base / source.pairs)
-            splits = {record.split for record in records}
-            split = source.split or ("train" if "train" in splits else None)
-            if "val" in splits and split == "train" and source.validate:
-                self.validation += [record for record in records if record.split == "val" and record.texts]
-            kept = [r for r in records if r.texts and (split is None or r.split == split)]
-            if len(kept) < 2:
-                raise DataError(f"{source.pairs} has no two captioned pictures of split {split!r} to learn from")
-            self.sources.append(self._taught(kept, self._pairs(kept, source.repeat, progress), progress))
-            self._note(source.pairs, split, kept)
-        self.vocabulary = self._vocabulary(config, progress)
-        self.val = self._pairs(self.validation, 1, progress) if self.validation else None
-        self.guard = [self._held_out(base / test.pairs, test, progress) for test in config.guard]
+            self.sources.append(self._source(base / source.pairs, source))
+        self.vocabulary = self._vocabulary(config)
+        self.val = self._pairs(self.validation, "validation")[1] if self.validation else None
+        self.guard = [self._held_out(base / test.pairs, test) for test in config.guard]
 
-    def _note(self, pairs: str, split: str | None, records: Sequence[Record]) -> None:
-        self.record.append({"pairs": pairs, "split": split, "pictures": len(records), "checksum": checksum(records)})
+    def _source(self, file: Path, source: Source) -> Pairs:
+        records = read_for_training(file, note=self.note)
+        splits = {record.split for record in records}
+        split = source.split or ("train" if "train" in splits else None)
+        kept = [record for record in records if split is None or record.split == split]
+        labelled_only = is_labelled_only(kept)
+        if "val" in splits and split == "train" and source.validate:
+            val = [record for record in records if record.split == "val"]
+            self.validation += [record for record in val if record.texts]
+            if labelled_only and any(record.labels for record in val):
+                self.named.append(self._classes(val, dataset_name(file)))
+        kept = with_prompts(kept) if labelled_only else [record for record in kept if record.texts]
+        readable, pairs = self._pairs(kept, file.name) if kept else ([], None)
+        if pairs is None or len(readable) < 2:
+            raise DataError(f"{source.pairs} has no two captioned pictures of split {split!r} to learn from")
+        self._record(source.pairs, split, readable, unreadable=len(kept) - len(readable))
+        balance = balance_by(readable, source.balance, source.balance_power) if source.balance else None
+        return replace(
+            self._taught(readable, pairs),
+            repeat=source.repeat,
+            weight=source.weight,
+            balance=balance,
+            classes=classes_of(readable) if labelled_only else None,
+        )
+
+    @property
+    def digest(self) -> Tensor:
+        """(32,) a SHA-256 over what is learnt from: a run goes on with what it began with."""
+        return torch.tensor([*hashlib.sha256(json.dumps(self.record).encode()).digest()], dtype=torch.uint8)
+
+    def _record(self, pairs: str, split: str | None, records: Sequence[Record], unreadable: int) -> None:
+        entry = {"pairs": pairs, "split": split, "pictures": len(records), "checksum": checksum(records)}
+        self.record.append({**entry, "unreadable": unreadable} if unreadable else entry)
 
     @torch.no_grad()
-    def _pairs(self, records: Sequence[Record], repeat: int, progress: Progress | None) -> Pairs:
-        views = self.towers.pictures(records, progress)
-        texts = self.towers.sentences([text for record in records for text in record.texts])
-        first = np.concatenate([[0], np.cumsum([len(record.texts) for record in records])])
-        anchor = self.towers.image_features(views[0]) if self.anchored else None
-        return Pairs(views, texts, first, repeat, anchor)
+    def _pairs(self, records: Sequence[Record], name: str) -> tuple[list[Record], Pairs]:
+        """The records whose pictures can be read, and the pairs that they are."""
+        views, unreadable = self.towers.pictures(records, self.progress)
+        readable = without_unreadable(records, unreadable, name, self.note)
+        texts = self.towers.sentences([text for record in readable for text in record.texts])
+        first = np.concatenate([[0], np.cumsum([len(record.texts) for record in readable])])
+        anchor = image_features(self.towers, views[0]) if self.anchored else None
+        return readable, Pairs(views, texts, first, 1, anchor)
 
-    def _taught(self, records: Sequence[Record], pairs: Pairs, progress: Progress | None) -> Pairs:
+    def _taught(self, records: Sequence[Record], pairs: Pairs) -> Pairs:
         """The same pairs with the teacher's vectors, which come from the cache where they are known."""
         if self.teacher is None:
             return pairs
         cache = EmbeddingCache(self.teacher.fingerprint, self.teacher.dim)
-        pictures = encode_pictures(self.teacher, [record.image for record in records], cache=cache, progress=progress)
-        sentences = encode_sentences(self.teacher, [text for record in records for text in record.texts], cache=cache)
+        images = [record.image for record in records]
+        spoken = [text for record in records for text in record.texts]
+        pictures = encode_pictures(self.teacher, images, cache=cache, progress=self.progress)
+        sentences = encode_sentences(self.teacher, spoken, cache=cache)
+        for items, vectors in ((images, pictures), (spoken, sentences)):
+            wrong = np.flatnonzero(~np.isfinite(vectors).all(1))
+            if len(wrong):
+                raise DataError(
+                    f"{len(wrong)} of {len(vectors)} vectors of the teacher {self.teacher.name} are no numbers, "
+                    f"the first of them that of: {items[wrong[0]]}"
+                )
         taught = torch.from_numpy(pictures).to(self.device), torch.from_numpy(sentences).to(self.device)
         return replace(pairs, taught=taught)
 
-    def _held_out(self, file: Path, test: Test, progress: Progress | None) -> HeldOut:
-        records = read_pairs(file, test.split)
-        if test.task != "classification":
-            records = [record for record in records if record.texts]
-            if not records:
-                raise DataError(f'{file} has no captions to guard: say task = "classification" for labels')
-            return HeldOut(dataset_name(file), self._pairs(records, 1, progress), None)
-        records, names, right = labelled(records)
+    def _held_out(self, file: Path, test: Test) -> HeldOut:
+        records = read_for_training(file, test.split, note=self.note)
+        if test.task == "classification":
+            return self._classes(records, dataset_name(file))
+        records = [record for record in records if record.texts]
+        if not records:
+            raise DataError(f'{file} has no captions to guard: say task = "classification" for labels')
+        return HeldOut(dataset_name(file), self._pairs(records, file.name)[1], None)
+
+    def _classes(self, records: Sequence[Record], name: str) -> HeldOut:
+        records = labelled(records)[0]
+        views, unreadable = self.towers.pictures(records, self.progress)
+        records, names, right = labelled(without_unreadable(records, unreadable, name, self.note))
         pairs = Pairs(
-            views=self.towers.pictures(records, progress),
+            views=views,
             texts=self.towers.sentences(prompts_of(names)),
             first=np.zeros(len(records) + 1, np.int64),
             repeat=1,
             anchor=None,
         )
-        return HeldOut(dataset_name(file), pairs, right)
+        return HeldOut(name, pairs, right)
 
-    def _vocabulary(self, config: TrainConfig, progress: Progress | None) -> Pairs | None:
-        if config.vocabulary is None:
+    def _vocabulary(self, config: TrainConfig) -> Pairs | None:
+        settings = config.vocabulary
+        if settings is None:
             return None
-        records = read_pairs(Path(config.data) / config.vocabulary.pairs)
-        self._note(config.vocabulary.pairs, None, records)
+        file = Path(config.data) / settings.pairs
+        records = read_for_training(file, note=self.note)
         named = [
-            replace(
-                record,
-                texts=tuple(t.format(name=record.labels[0].replace("_", " ")) for t in config.vocabulary.templates),
-            )
+            replace(record, texts=tuple(t.format(name=record.labels[0].replace("_", " ")) for t in settings.templates))
             for record in records
+            if record.labels
         ]
-        return self._taught(named, self._pairs(named, 1, progress), progress)
+        if not named:
+            raise DataError(f"{settings.pairs} has no labels to take words from")
+        readable, pairs = self._pairs(named, file.name)
+        if settings.class_rows and len(readable) < len(records):
+            raise DataError(
+                f"{len(records) - len(readable)} of {len(records)} pictures of {settings.pairs} have no label or "
+                "cannot be read: its rows would not be those of the classes any more; set class_rows to 0"
+            )
+        self._record(settings.pairs, None, readable, unreadable=len(named) - len(readable))
+        return self._taught(readable, pairs)
+
+
+def image_features(towers: Towers, pictures: PictureRows) -> Tensor:
+    """(N, F) features of all pictures, in portions that fit into memory."""
+    return torch.cat([towers.image_features(part) for part in parts(pictures)])
 
 
 @dataclass(frozen=True)
@@ -169,7 +248,7 @@ class Sampler:
         config: TrainConfig,
         data: Data,
         class_rows: Tensor | None = None,
-        negatives: Sequence[HardNegatives] = (),
+        mine: Callable[[], Sequence[HardNegatives]] | None = None,
     ) -> None:
         """Plan a run.
 
@@ -177,69 +256,158 @@ class Sampler:
             config: how many epochs, and of which batches.
             data: what to draw from.
             class_rows: (C, F) features of virtual pictures of the vocabulary's classes.
-            negatives: of each source, for batches that are harder than those drawn by chance.
+            mine: hard negatives of each source, as the model is when it is called; for batches that are harder than
+                those drawn by chance.
         """
-        self.config, self.data, self.class_rows, self.negatives = config, data, class_rows, negatives
+        self.config, self.data, self.class_rows, self.mine = config, data, class_rows, mine
+        self.negatives = mine() if mine else ()
         self.random = np.random.default_rng(config.seed)
+        whole, part = divmod(config.epochs, 1)
+        self.shares = [1.0] * int(whole) + ([part] if part else [])  # of each epoch's data
+        self.starts: list[int] = []  # the step that each epoch begins with, and the end
         self.plan = self._plan()
+        self.mined_again: tuple[int, int] | None = None  # steps of the plan that come of negatives found under way
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def batches(self, done: int) -> Iterator[Batch]:
-        """What is left of the plan after so many steps."""
-        for source, rows in self.plan[done:]:
-            yield self._batch(source, rows)
+        """What is left of the plan after so many steps; pictures are decoded while the batch before is learnt from.
+
+        A batch is drawn before it is asked for; and yet, whenever one has been given, ``random`` is as it was when that
+        one had been drawn: what a checkpoint has to hold.
+        """
+        every = self.config.mine_every or len(self.shares)
+        for epoch in range(0, len(self.shares), every):
+            start, end = self.starts[epoch], self.starts[min(epoch + every, len(self.shares))]
+            if done < end:
+                if epoch and done <= start:  # else it was done before the checkpoint, which holds the plan
+                    self._mine_again(epoch, start, end)
+                yield from self._prepared(max(done, start), end)
+
+    def _prepared(self, start: int, end: int) -> Iterator[Batch]:
+        with decoders() as pool:
+            waiting: deque[tuple[Callable[[], Batch], Mapping[str, Any]]] = deque()
+            for step in range(start, end):
+                for ahead in range(step + len(waiting), min(step + 2, end)):
+                    waiting.append((self._batch(*self.plan[ahead], pool), self.random.bit_generator.state))
+                batch, here = waiting.popleft()
+                ahead_of_it, self.random.bit_generator.state = self.random.bit_generator.state, here
+                yield batch()
+                self.random.bit_generator.state = ahead_of_it
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold beside the random numbers: the plan, as far as its seed does not tell it."""
+        if self.mined_again is None:
+            return {}
+        start, end = self.mined_again
+        numbers = {id(source): number for number, source in enumerate(self.data.sources)}
+        sources, rows = zip(*self.plan[start:end], strict=True)
+        return {
+            "plan.start": torch.tensor(start),
+            "plan.sources": torch.tensor([numbers[id(source)] for source in sources]),
+            "plan.sizes": torch.tensor([len(of_batch) for of_batch in rows]),
+            "plan.rows": torch.from_numpy(np.concatenate(rows)),
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Be as at the moment of a checkpoint."""
+        if "plan.start" not in state:
+            return
+        start, sizes = int(state["plan.start"]), state["plan.sizes"].tolist()
+        rows = [of_batch.numpy() for of_batch in torch.split(state["plan.rows"], sizes)]
+        sources = [self.data.sources[number] for number in state["plan.sources"].tolist()]
+        self.mined_again = start, start + len(rows)
+        self.plan[start : start + len(rows)] = zip(sources, rows, strict=True)
+
+    def _mine_again(self, epoch: int, start: int, end: int) -> None:
+        """Plan some epochs anew, with what the model takes for each other by now."""
+        assert self.mine is not None  # see TrainConfig: mine_every is of hard groups
+        self.negatives = self.mine()
+        shares = self.shares[epoch : epoch + self.config.mine_every]
+        random = np.random.default_rng([self.config.seed, epoch])  # not the run's own, which is ahead of the plan
+        self.plan[start:end] = [batch for one in self._epochs(shares, random) for batch in one]
+        self.mined_again = start, end
 
     def _plan(self) -> list[tuple[Pairs, NDArray[np.int64]]]:
         """All batches of all epochs, as (source, picture rows), in the order they are learnt from."""
-        plan = []
-        whole, part = divmod(self.config.epochs, 1)
-        for share in [1.0] * int(whole) + ([part] if part else []):
+        epochs = [*self._epochs(self.shares, self.random)]
+        self.starts = np.cumsum([0, *map(len, epochs)]).tolist()
+        return [batch for epoch in epochs for batch in epoch]
+
+    def _epochs(
+        self, shares: Sequence[float], random: np.random.Generator
+    ) -> Iterator[list[tuple[Pairs, NDArray[np.int64]]]]:
+        sources = self.data.sources
+        left: list[list[NDArray[np.int64]]] = [[] for _ in sources]  # of a weighted source's pass, for the next epoch
+        for share in shares:
+            passes = [source.repeat * self._count(source, share) for source in sources]
+            counts = batches_of_sources(passes, [source.weight for source in sources])
             epoch = []
-            for number, source in enumerate(self.data.sources):
-                for _ in range(source.repeat):
-                    chunks = self._hard(number, share) if self.negatives else self._by_chance(source, share)
-                    smallest = int(np.argmin([len(chunk) for chunk in chunks]))
-                    if len(chunks) > 1 and len(chunks[smallest]) < self.config.batch_size // 2:
-                        chunks.pop(smallest)  # too few negatives to learn from; another epoch draws them elsewhere
-                    epoch += [(source, chunk) for chunk in chunks if len(chunk) > 1]
-            self.random.shuffle(epoch)
-            plan += epoch
-        return plan
+            for number, source in enumerate(sources):
+                chunks = left[number]
+                for _ in range(0 if source.weight else source.repeat):
+                    chunks += self._pass(number, share, random)
+                while source.weight and len(chunks) < counts[number]:
+                    chunks += self._pass(number, 1.0, random)
+                taken = counts[number] if source.weight else len(chunks)
+                epoch += [(source, chunk) for chunk in chunks[:taken]]
+                del chunks[:taken]
+            random.shuffle(epoch)
+            yield epoch
 
-    def _by_chance(self, source: Pairs, share: float) -> list[NDArray[np.int64]]:
-        rows = self.random.permutation(len(source.views[0]))[: math.ceil(share * len(source.views[0]))]
-        return [rows[i : i + self.config.batch_size] for i in range(0, len(rows), self.config.batch_size)]
+    def _count(self, source: Pairs, share: float) -> int:
+        """Batches of one pass."""
+        whole, rest = divmod(math.ceil(share * len(source.views[0])), self.config.batch_size)
+        return whole + (not whole or rest >= self.config.batch_size // 2)
 
-    def _hard(self, source: int, share: float) -> list[NDArray[np.int64]]:
-        seed = int(self.random.integers(2**32))
+    def _pass(self, number: int, share: float, random: np.random.Generator) -> list[NDArray[np.int64]]:
+        source, size = self.data.sources[number], self.config.batch_size
+        if self.negatives:
+            chunks = self._without_small(self._hard(number, random))
+            return chunks[: math.ceil(share * len(chunks))]
+        count = len(source.views[0])
+        some = math.ceil(share * count)
+        rows = source.balance.draw(some, random) if source.balance else random.permutation(count)[:some]
+        return self._without_small([rows[i : i + size] for i in range(0, len(rows), size)])
+
+    def _without_small(self, chunks: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+        """Without the one that has too few negatives to learn from; another epoch draws them elsewhere."""
+        smallest = int(np.argmin([len(chunk) for chunk in chunks]))
+        if len(chunks) > 1 and len(chunks[smallest]) < self.config.batch_size // 2:
+            chunks.pop(smallest)
+        return [chunk for chunk in chunks if len(chunk) > 1]
+
+    def _hard(self, source: int, random: np.random.Generator) -> list[NDArray[np.int64]]:
+        seed = int(random.integers(2**32))
         size = min(self.config.batch_size, len(self.data.sources[source].views[0]))
-        chunks = hard_batches(self.negatives[source], size, group=min(self.config.hard_group, size), seed=seed)
-        return chunks[: math.ceil(share * len(chunks))]
+        return hard_batches(self.negatives[source], size, group=min(self.config.hard_group, size), seed=seed)
 
-    def _batch(self, source: Pairs, rows: NDArray[np.int64]) -> Batch:
+    def _batch(self, source: Pairs, rows: NDArray[np.int64], pool: ThreadPoolExecutor) -> Callable[[], Batch]:
+        """Draw a batch, and have its pictures decoded where they are not held; what is returned waits for them."""
         captions = min(self.config.captions, int(np.diff(source.first).min()))
         vocabulary, settings = self.data.vocabulary, self.config.vocabulary
-        drawn = [(source, np.tile(rows, captions), np.tile(rows, captions))]  # from where, pictures, and their owner
-        pictures = [self._pictures(source, rows)]
+        whose = rows if source.classes is None else source.classes[rows]
+        drawn = [(source, np.tile(rows, captions), np.tile(whose, captions))]  # from where, pictures, and their owner
+        pictures, count = [self._pictures(source, rows, pool)], len(rows)
         anchors = [] if source.anchor is None else [source.anchor[rows]]
         virtual = []
         if vocabulary is not None and settings is not None:
             classes = self.random.permutation(len(vocabulary.views[0]))[: settings.pictures]
-            pictures.append(self._pictures(vocabulary, classes))
+            pictures.append(self._pictures(vocabulary, classes, pool))
+            count += len(classes)
             anchors += [] if vocabulary.anchor is None else [vocabulary.anchor[classes]]
             drawn.append((vocabulary, classes, -1 - classes))  # negative: never a row of the source
             for features, classes in self._virtual(settings):
                 virtual.append(features)
                 drawn.append((vocabulary, classes, -1 - classes))
         spoken = [self._drawn(pairs, of) for pairs, of, _ in drawn]
-        shown = [np.tile(np.arange(len(rows)), captions), np.arange(len(rows), sum(map(len, pictures + virtual)))]
+        shown = [np.tile(np.arange(len(rows)), captions), np.arange(len(rows), count + sum(map(len, virtual)))]
         real = list(zip(drawn, spoken, strict=True))[: len(pictures)]  # what a teacher can have seen
         taught = [(p.taught[0][of], p.taught[1][said]) for (p, of, _), said in real if p.taught]
         images, texts = ([both[side] for both in taught] for side in (0, 1))
-        return Batch(
-            torch.cat(pictures),
+        return lambda: Batch(
+            torch.cat([decoded() for decoded in pictures]),
             torch.cat(virtual) if virtual else None,
             torch.from_numpy(np.concatenate(shown)),
             torch.cat([pairs.texts[said] for (pairs, _, _), said in zip(drawn, spoken, strict=True)]),
@@ -259,9 +427,9 @@ class Sampler:
             share = torch.from_numpy(self.random.uniform(0.6, 1, (settings.mixtures, 1))).to(self.class_rows)
             yield share * self.class_rows[first] + (1 - share) * self.class_rows[second], first
 
-    def _pictures(self, source: Pairs, rows: NDArray[np.int64]) -> Tensor:
-        """One view of each of these pictures."""
-        return source.views[self.random.integers(len(source.views))][rows]
+    def _pictures(self, source: Pairs, rows: NDArray[np.int64], pool: ThreadPoolExecutor) -> Callable[[], Tensor]:
+        """One view of each of these pictures, begun."""
+        return begin(source.views[self.random.integers(len(source.views))], rows, pool)
 
     def _drawn(self, source: Pairs, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """One sentence of each of these pictures, as its row."""

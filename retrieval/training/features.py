@@ -8,7 +8,7 @@ search uses.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,19 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from retrieval.embedding import EmbeddingCache, Progress, View, encode_pictures, encode_sentences
+from retrieval.embedding import (
+    EmbeddingCache,
+    Progress,
+    UnreadablePictures,
+    View,
+    encode_pictures,
+    encode_sentences,
+)
 from retrieval.encoders import Encoder
 from retrieval.errors import DataError
 from retrieval.images import Preprocessing
 from retrieval.pairs import Picture, Record
+from retrieval.training.streaming import PictureRows
 
 Features = NDArray[np.float16]
 
@@ -32,9 +40,18 @@ class FrozenTowers:
     def __init__(self, encoder: Encoder, views: Sequence[str], device: str) -> None:
         self.encoder, self.views, self.device = encoder, views, device
 
-    def pictures(self, records: Sequence[Record], progress: Progress | None = None) -> list[Tensor]:
-        """(N, F) features of the records' pictures, under each view."""
-        return [self._tensor(image_features(self.encoder, records, view, progress)) for view in self.views]
+    def pictures(
+        self, records: Sequence[Record], progress: Progress | None = None
+    ) -> tuple[list[PictureRows], Mapping[int, str]]:
+        """(N, F) features of the pictures that can be read, under each view; and the others, by their place."""
+
+        def views(of: Sequence[Record]) -> list[PictureRows]:
+            return [self._tensor(image_features(self.encoder, of, view, progress)) for view in self.views]
+
+        try:
+            return views(records), {}
+        except UnreadablePictures as error:  # all have been tried
+            return views([record for row, record in enumerate(records) if row not in error.reasons]), error.reasons
 
     def sentences(self, texts: Sequence[str]) -> Tensor:
         """(M, G) features."""

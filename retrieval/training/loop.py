@@ -33,7 +33,7 @@ from retrieval.report import write_run_page
 from retrieval.training.averaging import Interpolation, WeightAverage, choose_interpolation, interpolated
 from retrieval.training.averaging import Scores as Mixed
 from retrieval.training.config import TrainConfig
-from retrieval.training.data import Batch, Data, Pairs, Sampler, Towers
+from retrieval.training.data import Batch, Data, HeldOut, Pairs, Sampler, Towers, image_features
 from retrieval.training.export import write_graphs
 from retrieval.training.features import FrozenTowers
 from retrieval.training.lora import add_lora, merge_lora
@@ -118,10 +118,12 @@ def _train(
                 config.part,
                 config.word_dropout,
                 trim=isinstance(start.model, DualEncoder),
+                in_memory=config.in_memory_gb * 1e9,
             )
         device = "cpu" if config.device == "cpu" else "auto"  # a bundle as a teacher runs on the CPU in any case
         teacher = load_encoder(config.teacher, device=device) if config.teacher else None
-        data = Data(config, towers, progress, teacher)
+        start.model.eval()  # what is computed of the data now is of the pictures as they are
+        data = Data(config, towers, progress, teacher, note)
     if not config.model and isinstance(start.model, DualEncoder):
         _standardise(start.model, towers, data)
     run = _Run(config, start.model, towers, data)
@@ -137,7 +139,8 @@ def _train(
     if note and chosen and config.guard:
         note(f"{chosen.share:.0%} of the new weights: {chosen.reason}")
     after = run.validate()
-    bundle = _write_bundle(config, start, data, folder.path, chosen)
+    with folder.writing():
+        bundle = _write_bundle(config, start, data, folder.path, chosen)
     if note:
         note("measuring the result")
     metrics = _measure(config, bundle)
@@ -145,10 +148,10 @@ def _train(
         metrics = {**{f"before_{key}": value for key, value in before.items()}, **after}
     folder.log({"step": run.total, **metrics})
     scores = {key: round(value, 4) for key, value in metrics.items()}
-    replace(bundle, training={**bundle.training, "scores": scores}).save()
-    write_run_page(
-        folder.path.name, folder.read_log(), asdict(config), folder.path / PAGE, share=chosen.share if chosen else None
-    )
+    log, share = folder.read_log(), chosen.share if chosen else None
+    with folder.writing():
+        replace(bundle, training={**bundle.training, "scores": scores}).save()
+        write_run_page(folder.path.name, log, asdict(config), folder.path / PAGE, share=share)
     folder.finish()
     return metrics
 
@@ -174,7 +177,9 @@ def _steps(run: _Run, folder: RunFolder, progress: Progress | None, note: Note |
             if note and before:
                 note(f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in line.items()))
         if measured or time.monotonic() - saved > run.config.checkpoint_seconds:
-            folder.save(step, run.state(), run.sampler.random)
+            state = run.state()
+            run.check_finite(*state.values())  # or it would take the place of the last one that is good
+            folder.save(step, state, run.sampler.random)
             saved = time.monotonic()
     return before
 
@@ -200,7 +205,7 @@ def _check_output(output: Path) -> None:
 def _standardise(model: DualEncoder, towers: Towers, data: Data) -> None:
     model.eval()
     for tower, features in (
-        (model.image, torch.cat([towers.image_features(source.views[0]) for source in data.sources])),
+        (model.image, torch.cat([image_features(towers, source.views[0]) for source in data.sources])),
         (model.text, torch.cat([towers.text_features(source.texts) for source in data.sources])),
     ):
         features = F.normalize(features, dim=-1)  # as the projection will see them
@@ -217,7 +222,7 @@ class _Run:
         self.weights = model.trained
         rows = self._class_rows() if config.vocabulary and config.vocabulary.class_rows else None
         self.step = 0
-        self.sampler = Sampler(config, data, rows, self._mined() if config.hard_group > 1 else ())
+        self.sampler = Sampler(config, data, rows, self._mined if config.hard_group > 1 else None)
         self.total = len(self.sampler)
         self.objective = OBJECTIVES[config.objective]
         self.shares = config.interpolate or (_SHARES if config.guard and config.model else ())
@@ -246,7 +251,7 @@ class _Run:
 
     @torch.inference_mode()
     def _mined(self) -> list[HardNegatives]:
-        """What the model that the run begins with takes for each other, in each source."""
+        """What the model as it is takes for each other, in each source."""
         self.model.eval()
         found = []
         for source in self.data.sources:
@@ -264,7 +269,7 @@ class _Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak"] * warm * (1 + math.cos(math.pi * done)) / 2
             loss = self._loss(batch)
-            self._check_finite(loss, step=step)
+            self.check_finite(loss, step=step)
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
@@ -306,8 +311,9 @@ class _Run:
     def _validation(self) -> dict[str, float]:
         """hit@k, and a lower bound of what picture and sentence tell of each other, in nats; empty without pairs."""
         val = self.data.val
+        named = {f"val_{name}": value for held in self.data.named for name, value in self._held_out(held).items()}
         if val is None:
-            return {}
+            return named
         pictures, texts = self._vectors(val)
         measured = evaluate_retrieval(pictures.cpu().numpy(), texts.cpu().numpy(), val.owner)
         count = min(len(pictures), _CANDIDATES)
@@ -315,27 +321,28 @@ class _Run:
         return {
             **{f"val_{key}": value for key, value in measured.items() if "hit@" in key or "median" in key},
             "val_mutual_information": float(mutual_information_bound(loss, count)),
+            **named,
         }
 
     def _guard(self) -> dict[str, float]:
-        scores: dict[str, float] = {}
-        for held in self.data.guard:
-            pictures, texts = (vectors.cpu().numpy() for vectors in self._vectors(held.pairs))
-            if held.right is None:
-                measured = evaluate_retrieval(pictures, texts, held.pairs.owner)
-                scores |= {f"{held.name}_{way}_hit@10": measured[f"{way}_hit@10"] for way in ("t2i", "i2t")}
-            else:
-                cosines = pictures @ mean_vectors(texts, held.right.shape[1]).T
-                scores[f"{held.name}_top1"] = evaluate_classification(cosines, held.right)["top1"]
-        return {f"guard_{name}": value for name, value in scores.items()}
+        return {f"guard_{name}": value for held in self.data.guard for name, value in self._held_out(held).items()}
+
+    def _held_out(self, held: HeldOut) -> dict[str, float]:
+        pictures, texts = (vectors.cpu().numpy() for vectors in self._vectors(held.pairs))
+        if held.right is None:
+            measured = evaluate_retrieval(pictures, texts, held.pairs.owner)
+            return {f"{held.name}_{way}_hit@10": measured[f"{way}_hit@10"] for way in ("t2i", "i2t")}
+        cosines = pictures @ mean_vectors(texts, held.right.shape[1]).T
+        return {f"{held.name}_top1": evaluate_classification(cosines, held.right)["top1"]}
 
     def _vectors(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        pictures = self.model.image.head(self.towers.image_features(pairs.views[0]))
+        pictures = self.model.image.head(image_features(self.towers, pairs.views[0]))
         texts = self.model.text.head(self.towers.text_features(pairs.texts))
-        self._check_finite(pictures, texts)
+        self.check_finite(pictures, texts)
         return pictures, texts
 
-    def _check_finite(self, *values: Tensor, step: int | None = None) -> None:
+    def check_finite(self, *values: Tensor, step: int | None = None) -> None:
+        """Refuse what comes of a run that diverges: DataError."""
         if not all(bool(torch.isfinite(value).all()) for value in values):
             raise DataError(f"the loss is no number any more at step {step or self.step}: try a lower --lr")
 
@@ -344,6 +351,8 @@ class _Run:
         state = {f"model.{name}": value for name, value in self._learnt().items()}
         if self.average:
             state |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        state["data"] = self.data.digest
+        state |= self.sampler.state()
         state["random.cpu"] = torch.get_rng_state()
         if torch.device(self.config.device).type == "cuda":
             state["random.cuda"] = torch.cuda.get_rng_state(self.config.device)
@@ -365,6 +374,9 @@ class _Run:
             if self.average:
                 self.average.load_state_dict(_under("average.", tensors))
             load_optimizer(self.optimizer, tensors)
+            if not torch.equal(tensors["data"], self.data.digest):
+                raise ValueError("pictures or captions are others than when it began")
+            self.sampler.restore(tensors)
             torch.set_rng_state(tensors["random.cpu"])
             if "random.cuda" in tensors:
                 torch.cuda.set_rng_state(tensors["random.cuda"], self.config.device)
@@ -387,14 +399,14 @@ class _Run:
         if self.config.train == "lora":
             for tower in self.model.adaptable:
                 merge_lora(tower)
-        if not self.shares or not (self.data.val or self.data.guard):
+        if not self.shares or not (self.data.val or self.data.named or self.data.guard):
             return None
         end = _copy(self.weights)
 
         def score(share: float) -> Mixed:
             self.weights.load_state_dict(interpolated(self.start, end, share))
             scores = self.validate()
-            hits = [value for key, value in scores.items() if key.startswith("val_") and "hit@" in key]
+            hits = [v for key, v in scores.items() if key.startswith("val_") and ("hit@" in key or "_top1" in key)]
             held_out = {key: value for key, value in scores.items() if key.startswith("guard_")}
             return Mixed(sum(hits) if hits else share, held_out)  # without validation, as much as is allowed
 

@@ -1,12 +1,13 @@
 """Towers that learn: pictures and words go through them at every step, each picture cropped and coloured anew.
 
-All pictures are held in memory, as bytes at the model's size: 47,000 at 260 x 260 are 9.5 GB.
+Pictures are bytes at the model's size: 47,000 at 260 x 260 are 9.5 GB. What is too large for the memory is decoded at
+every visit (:mod:`retrieval.training.streaming`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from retrieval.embedding import Progress, read_all
+from retrieval.embedding import Progress
 from retrieval.images import Preprocessing, read_photo
 from retrieval.pairs import Picture, Record
 from retrieval.training.open_clip_models import OpenClipEncoder
+from retrieval.training.streaming import PictureRows, read_rows
 from retrieval.training.towers import DualEncoder
 
 _AREA, _RATIO = (0.35, 1.0), (3 / 4, 4 / 3)  # of a crop: share of the picture, change of the sides' ratio
@@ -41,10 +43,12 @@ class TrainedTowers:
         part: int,
         word_dropout: float,
         trim: bool = True,
+        in_memory: float = math.inf,
     ) -> None:
         """Take the model and what its pictures and sentences go through.
 
         ``trim``: id 0 is nothing but padding, and the text tower takes sentences of any length without it.
+        ``in_memory``: bytes of pictures that are held; those that do not fit are decoded at every visit.
         """
         from tokenizers import Tokenizer
 
@@ -52,24 +56,37 @@ class TrainedTowers:
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
         self.context_length = context_length
         self.part, self.word_dropout, self.trim = part, word_dropout, trim
+        self.room = in_memory
         self.mean, self.std = (torch.tensor(v, device=device) for v in (preprocessing.mean, preprocessing.std))
 
-    def pictures(self, records: Sequence[Record], progress: Progress | None = None) -> list[Tensor]:
-        """(N, H, W, 3) uint8, as search sees them; the one view that all others are drawn from."""
+    def pictures(
+        self, records: Sequence[Record], progress: Progress | None = None
+    ) -> tuple[list[PictureRows], Mapping[int, str]]:
+        """(N, H, W, 3) uint8, as search sees them: the one view that others are drawn from; and what cannot be read."""
 
         def prepare(_: Picture, data: bytes) -> NDArray[np.uint8]:
-            return self.preprocessing.pixels([read_photo(data).image])
+            pixels: NDArray[np.uint8] = self.preprocessing.pixels([read_photo(data).image])[0]
+            return pixels
 
-        rows = torch.empty((len(records), *self.preprocessing.size, 3), dtype=torch.uint8)
-        for number, pixels in enumerate(read_all(prepare, [record.image for record in records])):
-            rows[number] = torch.from_numpy(pixels)[0]
-            if progress and (number + 1) % 64 == 0:
-                progress(number + 1, len(records))
-        return [rows.to(self.device)]
+        size = self.preprocessing.size
+        needed = len(records) * size[0] * size[1] * 3
+        held = needed <= self.room
+        self.room -= needed if held else 0
+        rows, unreadable = read_rows(
+            [record.image for record in records],
+            prepare,
+            size,
+            held=held,
+            device=self.device,
+            part=self.part,
+            progress=progress,
+        )
+        return [rows], unreadable
 
     def sentences(self, texts: Sequence[str]) -> Tensor:
         """(M, context length) int64 token ids, 0 is padding."""
-        ids = torch.tensor([encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))])
+        whole = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]  # half characters: as in search
+        ids = torch.tensor([encoding.ids for encoding in self.tokenizer.encode_batch(whole)])
         return F.pad(ids, (0, self.context_length - ids.shape[1])).to(self.device)
 
     def image_features(self, pictures: Tensor) -> Tensor:

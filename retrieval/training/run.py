@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -87,8 +87,8 @@ class RunFolder:
         return cls(path, config)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Add a line to the log."""
-        with (self.path / LOG).open("a", encoding="utf-8") as file:
+        """Add a line to the log. Raises DataError when the disk is full."""
+        with self.writing(), (self.path / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
@@ -104,14 +104,18 @@ class RunFolder:
         """Replace the checkpoint, whole or not at all. Raises DataError when the disk is full."""
         state = {"step": step, "random": random.bit_generator.state, "log": len(self.read_log())}
         data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, _header(state))
+        with self.writing(), replacing(self.path / CHECKPOINT) as file:
+            file.write(data)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """While something is written here: a full disk is a DataError that says how to go on."""
         try:
-            with replacing(self.path / CHECKPOINT) as file:
-                file.write(data)
+            yield
         except OSError as error:
-            raise DataError(
-                f"{self.path} cannot be written ({error.strerror}): make room, then go on with  "
-                f"diptych train --resume {self.path}"
-            ) from error
+            begun = (self.path / CHECKPOINT).exists()
+            then = f"go on with  diptych train --resume {self.path}" if begun else "begin anew"
+            raise DataError(f"{self.path} cannot be written ({error.strerror}): make room, then {then}") from error
 
     def load(self) -> Checkpoint | None:
         """Read the checkpoint, and cut the log back to that moment; None before the first. DataError when damaged."""
@@ -126,7 +130,7 @@ class RunFolder:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file} is damaged ({error}): delete it to begin the run anew") from error
         lines = self.read_log()[: state["log"]]
-        with replacing(self.path / LOG) as log:
+        with self.writing(), replacing(self.path / LOG) as log:
             log.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         return Checkpoint(state["step"], tensors, state["random"], state["log"])
 

@@ -18,6 +18,7 @@ import pytest
 
 from retrieval.errors import DataError
 from retrieval.images import read_photo
+from retrieval.pair_formats.tars import expand_braces
 from retrieval.pairs import PictureBytes, Record, TarMember, checksum, read_pairs
 
 # Names and sentences that tempt a reader to cut or to change them.
@@ -724,3 +725,31 @@ def test_real_pictures_come_out_of_a_tar_as_they_went_in(tmp_path, shared_data):
     for record, inside in zip(records, read_pairs(tar(tmp_path / "x.tar", members)), strict=True):
         outside = read_photo(record.image).image
         assert read_photo(inside.image.read_bytes()).image.tobytes() == outside.tobytes()
+
+
+def test_several_tars_in_braces(tmp_path):
+    """As webdataset's users type them; the order is that of the pattern."""
+    for split in ("b", "a"):
+        for n in range(9, 12):
+            tar(tmp_path / split / f"s-{n:03}.tar", [(f"{split}{n}.jpg", b"x"), (f"{split}{n}.txt", b"told")])
+    for pattern, names in (
+        ("a/s-{009..011}.tar", ["a9", "a10", "a11"]),
+        ("a/s-0{11..9}.tar", None),  # s-09 is none of them
+        ("a/s-{011..010}.tar", ["a11", "a10"]),
+        ("{b,a}/s-01{0..1}.tar", ["b10", "b11", "a10", "a11"]),
+    ):
+        if names is None:
+            assert "1 of the 3 files that" in failure(tmp_path / pattern)
+            assert "are missing: " in failure(tmp_path / pattern)
+        else:
+            records = read_pairs(tmp_path / pattern)
+            assert [record.image.name for record in records] == [f"{name}.jpg" for name in names]
+            assert {record.texts for record in records} == {("told",)}
+    assert expand_braces("{8..11}-{00..1}") == [f"{a}-{b}" for a in (8, 9, 10, 11) for b in ("00", "01")]
+    assert "stands a range" in failure(tmp_path / "s-{x}.tar")
+    assert "more than 100,000 files" in failure(tmp_path / "s-{0..100000}.tar")
+    assert "more than 100,000 files" in failure(tmp_path / "s-{0..999}{0..999}.tar")
+    text(tmp_path / "c1.jsonl", '{"image": "a.jpg"}')
+    assert "no .tar: only those are read in braces" in failure(tmp_path / "c{1..1}.jsonl")
+    named = tar(tmp_path / "{a,b}.tar", [("a.jpg", b"x")])  # a file may be called so
+    assert len(read_pairs(named)) == 1

@@ -171,10 +171,10 @@ def test_what_learns_and_what_stays(toy, kept, tmp_path, what):
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_every_objective_runs(toy, tmp_path, objective):
-    loop.train(replace(toy, objective=objective, epochs=4, ema=0.5), tmp_path / "run")
+    loop.train(replace(toy, objective=objective, epochs=12, ema=0.5), tmp_path / "run")
     losses = [line["loss"] for line in log(tmp_path / "run") if "loss" in line]
     assert np.isfinite(losses).all()
-    assert losses[-1] < losses[0]
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])  # each batch is of other crops
 
 
 def test_the_bound_of_mutual_information_is_below_the_log_of_the_candidates(world, quick, tmp_path):

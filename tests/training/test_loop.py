@@ -186,13 +186,15 @@ def test_a_failure_in_the_middle_is_counted(world, frozen, tmp_path, monkeypatch
     broken.write_bytes((world.pairs.parent / "00.png").read_bytes()[:50])
     good = read_pairs(world.pairs)[:2]
     records = [good[0], replace(good[0], image=broken), replace(good[0], image=tmp_path), good[1]]
-    trained = SimpleNamespace(preprocessing=frozen.preprocessing, device=torch.device("cpu"))
+    trained = SimpleNamespace(preprocessing=frozen.preprocessing, device=torch.device("cpu"), room=1e9, part=1)
     message = r"2 of 4 pictures cannot be read, the first: .*broken\.png: truncated"
     with pytest.raises(DataError, match=message):
         features.image_features(frozen, records, "clean")
-    with pytest.raises(DataError, match=message):
-        TrainedTowers.pictures(trained, records)
-    (rows,) = TrainedTowers.pictures(trained, good)
+    (kept,), frozen_reasons = features.FrozenTowers(frozen, ["clean"], "cpu").pictures(records)
+    np.testing.assert_array_equal(kept, features.image_features(frozen, good, "clean"))
+    (rows,), reasons = TrainedTowers.pictures(trained, records)
+    assert reasons == frozen_reasons
+    assert [*reasons] == [1, 2]
     np.testing.assert_array_equal(rows, frozen.preprocessing.pixels([Image.open(record.image) for record in good]))
 
 
@@ -356,6 +358,8 @@ def complaint(quick, capfd):
         ("epochs = 0", "epochs must be more than 0"),
         ("epochs = nan", "epochs must be more than 0"),
         ("learning_rate = nan", "learning_rate a number from 0 on"),
+        ("learning_rate = 1e38", "learning rates must be numbers from 0 to 1e+30"),
+        ("text_tower_learning_rate = -1", "learning rates must be numbers from 0 to 1e+30"),
         ("batch_size = 1", "batch_size at least 2"),
         ("batch_size = 2.5", "batch_size cannot be 2.5"),
         ("views = 'clean'", "views cannot be 'clean'"),
@@ -363,7 +367,17 @@ def complaint(quick, capfd):
         ("precision = 'int3'", "precision must be one of fp32, fp16"),
         ("[[sources]]\nsplit = 'train'", "missing 1 required positional argument: 'pairs'"),
         ("[[sources]]\npairs = 'p.jsonl'\ntimes = 3", "unknown setting 'times'"),
-        ("sources = 3", "expected a table with pairs, split, repeat, validate, not 3"),
+        ("sources = 3", "expected a table with pairs, split, repeat, validate, weight, balance, balance_power, not 3"),
+        ("[[sources]]\npairs = 'p.jsonl'\nweight = 0.3\nrepeat = 2", "weight and repeat both say how often"),
+        ("[[sources]]\npairs = 'p.jsonl'\nweight = 1.3", "weight and balance_power from 0 to 1"),
+        ("[[sources]]\npairs = 'p.jsonl'\nbalance_power = 0.5", "balance_power is of a balance: name its column"),
+        (
+            "[[sources]]\npairs = 'p.jsonl'\nweight = 1.0\n[[sources]]\npairs = 'q.jsonl'",
+            "the weights leave no batch to the sources without one",
+        ),
+        ("hard_group = 4\n[[sources]]\npairs = 'p.jsonl'\nbalance = 'label'", "leave one of them out"),
+        ("mine_every = 2", "mine_every must be at least 0, and is of hard groups"),
+        ("in_memory_gb = -1", "in_memory_gb must be a number from 0 on"),
         ("[vocabulary]\ntemplates = ['{name}']", "missing 1 required positional argument: 'pairs'"),
         ("epochs = ", "is not TOML"),
         ("", "there is nothing to learn from"),
@@ -392,9 +406,12 @@ def test_data_that_are_wrong(complaint, world, tmp_path):
 
 def test_a_picture_that_cannot_be_read_is_named(complaint, world, tmp_path):
     data = shutil.copytree(world.pairs.parent, tmp_path / "data")
-    (data / "04.png").write_bytes((data / "04.png").read_bytes()[:60])
+    for line in world.captions:
+        if line["split"] == "train" and not line["image"].startswith("0"):  # 33 of 40
+            (data / line["image"]).write_bytes((data / line["image"]).read_bytes()[:60])
     line = complaint(data / "pairs.jsonl", "-o", tmp_path / "out")
-    assert f"{data / '04.png'}: truncated" in line
+    assert "33 of 40 pictures cannot be read" in line
+    assert f"{data / '10.png'}: truncated" in line
     assert not (tmp_path / "out").exists()
 
 
