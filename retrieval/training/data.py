@@ -17,8 +17,8 @@ from retrieval.embedding import EmbeddingCache, Progress, encode_pictures, encod
 from retrieval.encoders import Encoder
 from retrieval.errors import DataError
 from retrieval.evaluation import dataset_name, labelled, prompts_of
-from retrieval.pairs import Record, checksum, read_pairs
-from retrieval.training.config import Test, TrainConfig, Vocabulary
+from retrieval.pairs import Picture, Record, checksum, read_pairs
+from retrieval.training.config import Test, TrainConfig, Unlabelled, Vocabulary
 from retrieval.training.mining import HardNegatives, hard_batches
 
 
@@ -91,6 +91,7 @@ class Data:
                 raise DataError(f"{source.pairs} has no two captioned pictures of split {split!r} to learn from")
             self.sources.append(self._taught(kept, self._pairs(kept, source.repeat, progress), progress))
             self._note(source.pairs, split, kept)
+        self.unlabelled = [self._unlabelled(base, item, progress) for item in config.unlabelled]
         self.vocabulary = self._vocabulary(config, progress)
         self.val = self._pairs(self.validation, 1, progress) if self.validation else None
         self.guard = [self._held_out(base / test.pairs, test, progress) for test in config.guard]
@@ -115,6 +116,16 @@ class Data:
         sentences = encode_sentences(self.teacher, [text for record in records for text in record.texts], cache=cache)
         taught = torch.from_numpy(pictures).to(self.device), torch.from_numpy(sentences).to(self.device)
         return replace(pairs, taught=taught)
+
+    def _unlabelled(self, base: Path, item: Unlabelled, progress: Progress | None) -> list[Tensor]:
+        """Views of pictures without captions; those that validation is on are not among them."""
+        held = {_place(record.image) for record in self.validation}
+        found = read_pairs(base / item.pictures, item.split, prefer=None if item.split else "train", captioned=False)
+        records = [Record(record.image) for record in found if _place(record.image) not in held]
+        if len(records) < 2:
+            raise DataError(f"{item.pictures} has no two pictures to learn from")
+        self._note(item.pictures, found[0].split, records)
+        return self.towers.pictures(records, progress)
 
     def _held_out(self, file: Path, test: Test, progress: Progress | None) -> HeldOut:
         records = read_pairs(file, test.split)
@@ -146,6 +157,10 @@ class Data:
             for record in records
         ]
         return self._taught(named, self._pairs(named, 1, progress), progress)
+
+
+def _place(picture: Picture) -> Picture:
+    return picture.resolve() if isinstance(picture, Path) else picture
 
 
 @dataclass(frozen=True)
