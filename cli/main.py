@@ -369,6 +369,10 @@ def train(
     teacher: Annotated[
         str | None, typer.Option(metavar="MODEL", help="A model whose similarities are learnt too (distillation).")
     ] = None,
+    unlabelled: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Pictures to learn from without captions: a folder of them, or pairs."),
+    ] = None,
     guard: Annotated[
         list[Path] | None,
         typer.Option(help="Pairs (or, with labels alone, classes) on which the model must not get worse."),
@@ -399,6 +403,7 @@ def train(
         "train": train,
         "objective": objective,
         "teacher": teacher,
+        "unlabelled": recipes.unlabelled(unlabelled) if unlabelled else None,
         "guard": recipes.guards(guard) if guard else None,
         "max_loss": max_loss,
         "seed": seed,

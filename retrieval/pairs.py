@@ -50,6 +50,7 @@ def read_pairs(
     prefer: str | None = None,
     images: Path | None = None,
     may_lack: float = 0.0,
+    captioned: bool = True,
 ) -> list[Record]:
     """Read a file or a folder that pairs pictures with sentences or labels. Its kind is told by its content.
 
@@ -84,12 +85,13 @@ def read_pairs(
         prefer: only this split where there is one and none was asked for.
         images: the folder that the pictures lie in.
         may_lack: the share of the pictures that may be missing; they are among the records all the same.
+        captioned: False: only the pictures are wanted. A folder may then hold nothing else, and all in it are taken.
 
     Raises:
         DataError: the source cannot be read or is of no known kind, something in it is wrong, pictures are missing (in
             the split that was asked for), or nothing is left of the split.
     """
-    found = read_rows(source)
+    found = read_rows(source, captioned)
     if not found.rows:
         raise DataError(f"{source} is empty: there is no picture in it; {KINDS}")
     if images is not None and not images.is_dir():

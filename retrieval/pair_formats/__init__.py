@@ -13,7 +13,7 @@ from pathlib import Path
 from retrieval.errors import DataError
 from retrieval.pair_formats.documents import is_json, read_json
 from retrieval.pair_formats.flickr import is_results, is_tokens, read_results, read_tokens
-from retrieval.pair_formats.folders import read_tree
+from retrieval.pair_formats.folders import read_photos, read_tree
 from retrieval.pair_formats.rows import KINDS, Picture, PictureBytes, Row, Rows, TarMember, decode, one_line, some
 from retrieval.pair_formats.tables import is_csv, is_parquet, read_csv, read_parquet
 from retrieval.pair_formats.tars import (
@@ -31,15 +31,16 @@ from retrieval.pair_formats.tars import (
 __all__ = ["KINDS", "Picture", "PictureBytes", "Row", "Rows", "TarMember", "one_line", "read_rows", "some"]
 
 
-def read_rows(source: Path) -> Rows:
-    """Read whatever pairs pictures with sentences or labels.
+def read_rows(source: Path, captioned: bool = True) -> Rows:
+    """Read whatever pairs pictures with sentences or labels; not ``captioned``: of a folder, every picture in it.
 
     Raises:
         DataError: it cannot be read, is of a kind that is not read, or something in it is wrong.
     """
     try:
         if source.is_dir():
-            return next(read(source) for fits, read in _FOLDERS if fits(source))
+            read_folder = next(read for fits, read in _FOLDERS if fits(source))
+            return read_photos(source) if read_folder is read_tree and not captioned else read_folder(source)
         if is_pattern(source):
             return read_tar_pattern(source)
         with source.open("rb") as stream:  # once: a pipe cannot be read again

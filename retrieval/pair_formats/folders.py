@@ -16,10 +16,7 @@ _NO_NOTES = ("readme", "license", "licence", "notice")
 
 def read_tree(folder: Path) -> Rows:
     """`a.jpg` with `a.txt`, or a folder per class as torchvision's ImageFolder takes it; splits above either."""
-    try:
-        pictures = [file.path for file in scan(folder)]
-    except UsageError as error:
-        raise DataError(str(error)) from error
+    pictures = _scanned(folder)
     notes = _notes(folder, {path.rpartition("/")[0] for path in pictures})
     if not notes:
         return Rows(_class_rows(folder, pictures))
@@ -42,6 +39,18 @@ def read_tree(folder: Path) -> Rows:
             "if one of them lists the pictures, name that file itself"
         )
     return Rows(rows)
+
+
+def read_photos(folder: Path) -> Rows:
+    """Every picture in a folder, whatever lies beside it; splits above them, as for :func:`read_tree`."""
+    return Rows([Row(folder / path, (), (), _split_and_rest(path)[0], {}) for path in _scanned(folder)])
+
+
+def _scanned(folder: Path) -> list[str]:
+    try:
+        return [file.path for file in scan(folder)]
+    except UsageError as error:
+        raise DataError(str(error)) from error
 
 
 def _notes(folder: Path, holding: set[str]) -> dict[str, dict[str, Path]]:

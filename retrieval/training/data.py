@@ -21,8 +21,8 @@ from retrieval.embedding import EmbeddingCache, Progress, encode_pictures, encod
 from retrieval.encoders import Encoder
 from retrieval.errors import DataError
 from retrieval.evaluation import dataset_name, labelled, prompts_of
-from retrieval.pairs import Record, checksum, read_pairs
-from retrieval.training.config import Source, Test, TrainConfig, Vocabulary
+from retrieval.pairs import Picture, Record, checksum, read_pairs
+from retrieval.training.config import Source, Test, TrainConfig, Unlabelled, Vocabulary
 from retrieval.training.mining import HardNegatives, hard_batches
 from retrieval.training.reading import (
     Note,
@@ -110,6 +110,7 @@ class Data:
             read_pairs(base / test.pairs, test.split)  # what is missing is said now, and not when all is done
         for source in config.sources:
             self.sources.append(self._source(base / source.pairs, source))
+        self.unlabelled = [self._unlabelled(base, item) for item in config.unlabelled]
         self.vocabulary = self._vocabulary(config)
         self.val = self._pairs(self.validation, "validation")[1] if self.validation else None
         self.guard = [self._held_out(base / test.pairs, test) for test in config.guard]
@@ -177,6 +178,22 @@ class Data:
         taught = torch.from_numpy(pictures).to(self.device), torch.from_numpy(sentences).to(self.device)
         return replace(pairs, taught=taught)
 
+    def _unlabelled(self, base: Path, item: Unlabelled) -> list[PictureRows]:
+        """Views of pictures without captions; those that validation is on are not among them."""
+        held = {_place(record.image) for record in self.validation}
+        found = read_for_training(
+            base / item.pictures, item.split, prefer=None if item.split else "train", captioned=False, note=self.note
+        )
+        records = [Record(record.image) for record in found if _place(record.image) not in held]
+        if not records:
+            raise DataError(f"{item.pictures} has no two pictures to learn from")
+        views, unreadable = self.towers.pictures(records, self.progress)
+        readable = without_unreadable(records, unreadable, item.pictures, self.note)
+        if len(readable) < 2:
+            raise DataError(f"{item.pictures} has no two pictures to learn from")
+        self._record(item.pictures, found[0].split, readable, unreadable=len(unreadable))
+        return views
+
     def _held_out(self, file: Path, test: Test) -> HeldOut:
         records = read_for_training(file, test.split, note=self.note)
         if test.task == "classification":
@@ -225,6 +242,10 @@ class Data:
 def image_features(towers: Towers, pictures: PictureRows) -> Tensor:
     """(N, F) features of all pictures, in portions that fit into memory."""
     return torch.cat([towers.image_features(part) for part in parts(pictures)])
+
+
+def _place(picture: Picture) -> Picture:
+    return picture.resolve() if isinstance(picture, Path) else picture
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from retrieval.metrics import evaluate_classification, evaluate_retrieval
 from retrieval.onnx_encoder import OnnxEncoder
 from retrieval.pairs import read_pairs
 from retrieval.report import write_run_page
+from retrieval.training.auxiliary import Auxiliary, check_views
 from retrieval.training.averaging import Interpolation, WeightAverage, choose_interpolation, interpolated
 from retrieval.training.averaging import Scores as Mixed
 from retrieval.training.config import TrainConfig
@@ -102,6 +104,7 @@ def _train(
     start.model.to(config.device)
     frozen = config.train == "heads" and isinstance(start.model, DualEncoder)
     _check_fit(config, start)
+    check_views(config, frozen)
     if note:
         note("reading the data" + (", and encoding what is not in the cache" if frozen else ""))
     with tempfile.TemporaryDirectory(prefix="diptych-train-") as scratch:
@@ -239,7 +242,8 @@ class _Run:
             image_learning_rate=config.image_tower_learning_rate,
             text_learning_rate=config.text_tower_learning_rate,
         )
-        self.optimizer = torch.optim.AdamW([dict(group) for group in groups])
+        self.auxiliary = Auxiliary(config, model, towers, data)
+        self.optimizer = torch.optim.AdamW([dict(group) for group in [*groups, *self.auxiliary.groups()]])
         self.average = WeightAverage(self.weights, config.ema) if config.ema else None
 
     def _class_rows(self) -> Tensor:
@@ -283,8 +287,8 @@ class _Run:
     def _loss(self, batch: Batch) -> Tensor:
         features = self.towers.image_features(batch.pictures)
         rows = features if batch.virtual is None else torch.cat([features, batch.virtual])
-        images = self.model.image.head(rows[batch.shown])
-        texts = self.model.text.head(self.towers.text_features(batch.sentences))
+        shown, said = rows[batch.shown], self.towers.text_features(batch.sentences)
+        images, texts = self.model.image.head(shown), self.model.text.head(said)
 
         def objective(x: Tensor, y: Tensor) -> Tensor:
             return self.objective(x, y, batch.owner, self.model.scale(), self.model.bias)
@@ -297,6 +301,8 @@ class _Run:
             loss = loss + self.config.distil * relation_distillation(
                 images[:count], texts[:count], *batch.taught, self.model.scale(), theirs
             )
+        random = np.random.default_rng([self.config.seed, self.step])  # not the sampler's, which is ahead of the step
+        loss = loss + self.auxiliary.loss(batch, (shown, said), (images, texts), random)
         if batch.anchor is not None:
             loss = loss + self.config.anchor * (1 - F.cosine_similarity(features, batch.anchor).mean())
         return loss
@@ -353,6 +359,7 @@ class _Run:
             state |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         state["data"] = self.data.digest
         state |= self.sampler.state()
+        state |= {f"auxiliary.{name}": value for name, value in self.auxiliary.learnt.state_dict().items()}
         state["random.cpu"] = torch.get_rng_state()
         if torch.device(self.config.device).type == "cuda":
             state["random.cuda"] = torch.cuda.get_rng_state(self.config.device)
@@ -373,6 +380,7 @@ class _Run:
             self.weights.load_state_dict({**self.weights.state_dict(), **weights})
             if self.average:
                 self.average.load_state_dict(_under("average.", tensors))
+            self.auxiliary.learnt.load_state_dict(_under("auxiliary.", tensors))
             load_optimizer(self.optimizer, tensors)
             if not torch.equal(tensors["data"], self.data.digest):
                 raise ValueError("pictures or captions are others than when it began")
@@ -438,7 +446,8 @@ def _write_bundle(
         any_length=any_length,
         precision=config.precision,
     )
-    told = ("data", "sources", "tests", "guard", "licence", "model", "teacher", "command")  # elsewhere in the record
+    # What stands elsewhere in the record, or is nobody's business.
+    told = ("data", "sources", "unlabelled", "tests", "guard", "licence", "model", "teacher", "command")
     record = {
         "command": config.command,
         "data": data.record,

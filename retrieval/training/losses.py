@@ -445,7 +445,13 @@ def reconstruction(features: Tensor, decoded: Tensor, spread: Tensor | None = No
     return ((_wide(decoded) - target) / spread).square().mean()
 
 
-def cross_reconstruction(images: Tensor, texts: Tensor, images_from_texts: Tensor, texts_from_images: Tensor) -> Tensor:
+def cross_reconstruction(
+    images: Tensor,
+    texts: Tensor,
+    images_from_texts: Tensor,
+    texts_from_images: Tensor,
+    spreads: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
     """Each modality's features decoded from the other's embedding (Corr-Cross-AE, Feng et al. 2014).
 
     doi:10.1145/2647868.2654902: the mean of both modalities' :func:`reconstruction` (the paper sums plain
@@ -457,11 +463,13 @@ def cross_reconstruction(images: Tensor, texts: Tensor, images_from_texts: Tenso
         texts: (B, G) features of the sentences.
         images_from_texts: (B, F) what a decoder makes of the sentences' embeddings.
         texts_from_images: (B, G) what a decoder makes of the pictures' embeddings.
+        spreads: (F,) and (G,) as for :func:`reconstruction`.
 
     Returns:
         A scalar.
     """
-    return (reconstruction(images, images_from_texts) + reconstruction(texts, texts_from_images)) / 2
+    ways = ((images, images_from_texts, spreads[0]), (texts, texts_from_images, spreads[1]))
+    return (reconstruction(*ways[0]) + reconstruction(*ways[1])) / 2
 
 
 # ---- by name ---------------------------------------------------------------------------------------------------------

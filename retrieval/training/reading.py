@@ -23,16 +23,23 @@ Note = Callable[[str], None]
 MAY_LACK = 0.5  # share of the pictures: from there on, what is left is not what was meant
 
 
-def read_for_training(source: Path, split: str | None = None, *, note: Note | None = None) -> list[Record]:
+def read_for_training(
+    source: Path,
+    split: str | None = None,
+    *,
+    prefer: str | None = None,
+    captioned: bool = True,
+    note: Note | None = None,
+) -> list[Record]:
     """Records with their captions that say something; those that do not are left out, and counted for ``note``.
 
     Missing pictures are among them, up to half: they are left out with all others that cannot be read, and with their
-    reason.
+    reason. ``prefer`` and ``captioned`` are those of :func:`retrieval.pairs.read_pairs`.
     """
-    records = read_pairs(source, split, may_lack=MAY_LACK)
+    records = read_pairs(source, split, prefer=prefer, captioned=captioned, may_lack=MAY_LACK)
     cleaned = [_without_empty(record) for record in records]
     empty = sum(len(record.texts) for record in records) - sum(len(record.texts) for record in cleaned)
-    if empty and note:
+    if empty and captioned and note:
         note(f"{source.name}: {empty} empty captions are left out")
     return cleaned
 

@@ -625,6 +625,11 @@ def test_cross_reconstruction_is_of_both_and_reaches_the_decoders_alone():
     assert torch.autograd.gradcheck(lambda x, y: losses.cross_reconstruction(images, texts, x, y), decoded)
     loss.backward()
     assert images.grad is texts.grad is None
+    spreads = torch.arange(1.0, 5), torch.arange(1.0, 4)
+    told = losses.cross_reconstruction(images, texts, *decoded, spreads)
+    parts = [losses.reconstruction(*each) for each in zip((images, texts), decoded, spreads, strict=True)]
+    assert float(told.detach()) == pytest.approx(float(sum(parts).detach()) / 2)
+    assert float(told.detach()) != pytest.approx(float(loss.detach()))
     swapped = losses.cross_reconstruction(texts, images, *reversed(decoded))
     assert float(swapped.detach()) == pytest.approx(float(loss.detach()))
 
