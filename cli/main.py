@@ -382,6 +382,10 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of every random number.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
+    amp: Annotated[
+        str | None,
+        typer.Option(help="Arithmetic of towers that learn: auto (bf16 on a GPU, else fp32), fp32, bf16, fp16."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Train a bundle further on your own pairs, contrastively; the result is a bundle. A kill costs two minutes."""
@@ -408,6 +412,7 @@ def train(
         "max_loss": max_loss,
         "seed": seed,
         "device": device,
+        "amp": amp,
     }
     changes = {key: value for key, value in changes.items() if value is not None}
     if resume and changes:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast, get_args
 from retrieval.encoders import Precision
 from retrieval.errors import DataError
 from retrieval.pairs import read_pairs
+from retrieval.training.amp import AMP
 from retrieval.training.losses import OBJECTIVES
 from retrieval.training.parameters import check_what
 from retrieval.training.reading import MAY_LACK
@@ -131,6 +132,7 @@ class TrainConfig:
     anchor: float = 0.0  # weight of the distance to the starting tower's features of the same picture, clean
     word_dropout: float = 0.0  # share of a caption's words hidden, so that none is learnt by heart
     captions: int = 1  # of each picture in a batch, at most as many as it has; costs the text tower only
+    amp: str = "auto"  # arithmetic of towers in training: bf16 on CUDA, where it is fast, fp32 on a CPU; or say which
     part: int = 256  # pictures in the tower at a time; a larger batch is passed twice in parts: memory for time
     in_memory_gb: float = 4.0  # of decoded pictures; beyond it they are decoded at every visit. A quarter of a laptop
     interpolate: tuple[float, ...] = ()  # shares of the new weights to try, the rest the start's; empty: new ones
@@ -142,6 +144,7 @@ class TrainConfig:
             "image_tower": tuple(IMAGE_TOWERS),
             "text_tower": tuple(TEXT_TOWERS),
             "precision": get_args(Precision),
+            "amp": tuple(AMP),
         }
         for name, known in towers.items():
             if getattr(self, name) not in known:

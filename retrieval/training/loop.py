@@ -31,6 +31,7 @@ from retrieval.metrics import evaluate_classification, evaluate_retrieval
 from retrieval.onnx_encoder import OnnxEncoder
 from retrieval.pairs import read_pairs
 from retrieval.report import write_run_page
+from retrieval.training.amp import LossScale
 from retrieval.training.auxiliary import Auxiliary, check_views
 from retrieval.training.averaging import Interpolation, WeightAverage, choose_interpolation, interpolated
 from retrieval.training.averaging import Scores as Mixed
@@ -122,6 +123,7 @@ def _train(
                 config.word_dropout,
                 trim=isinstance(start.model, DualEncoder),
                 in_memory=config.in_memory_gb * 1e9,
+                amp=config.amp,
             )
         device = "cpu" if config.device == "cpu" else "auto"  # a bundle as a teacher runs on the CPU in any case
         teacher = load_encoder(config.teacher, device=device) if config.teacher else None
@@ -188,8 +190,10 @@ def _steps(run: _Run, folder: RunFolder, progress: Progress | None, note: Note |
 
 
 def _check_fit(config: TrainConfig, start: StartModel) -> None:
-    """Refuse what only the built-in kind of towers can do."""
+    """Refuse what only the built-in kind of towers can do, and what only towers that learn have a use for."""
     if isinstance(start.model, DualEncoder):
+        if config.train == "heads" and config.amp not in ("auto", "fp32"):
+            raise DataError("amp is for towers that learn: projections alone, from cached features, learn in fp32")
         return
     if config.word_dropout or (config.vocabulary and config.vocabulary.class_rows):
         raise DataError("word_dropout and a vocabulary's class_rows are for the built-in towers: set both to 0")
@@ -244,6 +248,7 @@ class _Run:
         )
         self.auxiliary = Auxiliary(config, model, towers, data)
         self.optimizer = torch.optim.AdamW([dict(group) for group in [*groups, *self.auxiliary.groups()]])
+        self.loss_scale = LossScale(config.amp, config.device)
         self.average = WeightAverage(self.weights, config.ema) if config.ema else None
 
     def _class_rows(self) -> Tensor:
@@ -275,8 +280,8 @@ class _Run:
             loss = self._loss(batch)
             self.check_finite(loss, step=step)
             self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
+            self.loss_scale.backward(loss)
+            self.loss_scale.step(self.optimizer)
             clamp_scale(self.weights)
             if self.average:
                 self.average.update(self.weights)
@@ -350,7 +355,8 @@ class _Run:
     def check_finite(self, *values: Tensor, step: int | None = None) -> None:
         """Refuse what comes of a run that diverges: DataError."""
         if not all(bool(torch.isfinite(value).all()) for value in values):
-            raise DataError(f"the loss is no number any more at step {step or self.step}: try a lower --lr")
+            hint = ", or --amp bf16" if self.config.amp == "fp16" else ""  # an activation of 65,520 is too much for it
+            raise DataError(f"the loss is no number any more at step {step or self.step}: try a lower --lr{hint}")
 
     def state(self) -> dict[str, Tensor]:
         """All that a checkpoint has to hold, beside the step and numpy's random numbers."""
@@ -363,7 +369,7 @@ class _Run:
         state["random.cpu"] = torch.get_rng_state()
         if torch.device(self.config.device).type == "cuda":
             state["random.cuda"] = torch.cuda.get_rng_state(self.config.device)
-        return {**state, **optimizer_tensors(self.optimizer)}
+        return {**state, **self.loss_scale.state(), **optimizer_tensors(self.optimizer)}
 
     def _learnt(self) -> dict[str, Tensor]:
         """Everything but the weights that never change."""
@@ -385,6 +391,7 @@ class _Run:
             if not torch.equal(tensors["data"], self.data.digest):
                 raise ValueError("pictures or captions are others than when it began")
             self.sampler.restore(tensors)
+            self.loss_scale.restore(tensors)
             torch.set_rng_state(tensors["random.cpu"])
             if "random.cuda" in tensors:
                 torch.cuda.set_rng_state(tensors["random.cuda"], self.config.device)

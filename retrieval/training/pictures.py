@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from retrieval.embedding import Progress
 from retrieval.images import Preprocessing, read_photo
 from retrieval.pairs import Picture, Record
+from retrieval.training.amp import autocast
 from retrieval.training.open_clip_models import OpenClipEncoder
+from retrieval.training.recomputation import recomputed
 from retrieval.training.streaming import PictureRows, read_rows
 from retrieval.training.towers import DualEncoder
 
@@ -43,19 +44,21 @@ class TrainedTowers:
         part: int,
         word_dropout: float,
         trim: bool = True,
+        amp: str = "auto",
         in_memory: float = math.inf,
     ) -> None:
         """Take the model and what its pictures and sentences go through.
 
-        ``trim``: id 0 is nothing but padding, and the text tower takes sentences of any length without it.
-        ``in_memory``: bytes of pictures that are held; those that do not fit are decoded at every visit.
+        ``amp``: one of :data:`retrieval.training.amp.AMP`. ``trim``: id 0 is nothing but padding, and the text tower
+        takes sentences of any length without it. ``in_memory``: bytes of pictures that are held; those that do not fit
+        are decoded at every visit.
         """
         from tokenizers import Tokenizer
 
         self.model, self.preprocessing, self.device = model, preprocessing, torch.device(device)
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
         self.context_length = context_length
-        self.part, self.word_dropout, self.trim = part, word_dropout, trim
+        self.part, self.word_dropout, self.trim, self.amp = part, word_dropout, trim, amp
         self.room = in_memory
         self.mean, self.std = (torch.tensor(v, device=device) for v in (preprocessing.mean, preprocessing.std))
 
@@ -95,22 +98,24 @@ class TrainedTowers:
         More than ``part`` pictures go through in parts whose activations are computed again on the way back: the
         gradients of the whole batch in the memory of a part, as GradCache has them (Gao et al. 2021, arXiv:2101.06983).
         """
-        training = self.model.training
-        features = []
-        with self._autocast():
-            for part in torch.split(pictures, self.part):
-                pixels = augment(part) if training else part.permute(0, 3, 1, 2).float() / 255
-                pixels = (pixels - self.mean[:, None, None]) / self.std[:, None, None]
-                pixels = pixels.contiguous(memory_format=torch.channels_last)  # half the time of other orders
-                features.append(self._through(self.model.image.trunk, pixels, len(pictures)))
-        return torch.cat(features).float()
+        with autocast(self.amp, self.device):
+            parts = torch.split(pictures, self.part)
+            return torch.cat([self._through(self._trunk, part, len(pictures)) for part in parts]).float()
+
+    def _trunk(self, pictures: Tensor) -> Tensor:
+        """Bytes to features; what is made of the bytes on the way is larger, and not kept between parts either."""
+        pixels = augment(pictures) if self.model.training else pictures.permute(0, 3, 1, 2).float() / 255
+        pixels = (pixels - self.mean[:, None, None]) / self.std[:, None, None]
+        pixels = pixels.contiguous(memory_format=torch.channels_last)  # half the time of other orders
+        features: Tensor = self.model.image.trunk(pixels)
+        return features
 
     def text_features(self, sentences: Tensor) -> Tensor:
         """(B, L) int64 -> (B, G). In training some words are hidden; more than ``part`` go through in parts as well."""
         if self.model.training and self.word_dropout:
             sentences = hide_words(sentences, self.word_dropout)
         length = int((sentences != 0).sum(1).max()) if self.trim else sentences.shape[1]
-        with self._autocast():
+        with autocast(self.amp, self.device):
             features = [
                 self._through(self.model.text.trunk, part, len(sentences))
                 for part in torch.split(sentences[:, :length], self.part)
@@ -120,13 +125,8 @@ class TrainedTowers:
     def _through(self, trunk: Callable[[Tensor], Tensor], part: Tensor, batch: int) -> Tensor:
         """A part of a batch through a trunk; its activations are not kept if the batch has more parts."""
         if self.model.training and batch > self.part:
-            features: Tensor = checkpoint(trunk, part, use_reentrant=False)
-            return features
+            return recomputed(trunk, part, self.model)
         return trunk(part)
-
-    def _autocast(self) -> torch.autocast:
-        # bf16 has fp32's range, so that nothing needs scaling; on a CPU it gains nothing
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
 
 def augment(pictures: Tensor) -> Tensor:
