@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from retrieval.errors import DataError
 from retrieval.images import Preprocessing
 from retrieval.pairs import Picture, Record
 from retrieval.training.streaming import PictureRows
+
+if TYPE_CHECKING:
+    from retrieval.training.data import Towers
 
 Features = NDArray[np.float16]
 
@@ -67,6 +71,14 @@ class FrozenTowers:
 
     def _tensor(self, features: Features) -> Tensor:
         return torch.from_numpy(features).float().to(self.device)
+
+
+class OneFrozen:
+    """A tower that learns beside one that does not (LiT, Zhai et al. 2022, arXiv:2111.07991): each side as its own."""
+
+    def __init__(self, images: Towers, texts: Towers) -> None:
+        self.pictures, self.image_features = images.pictures, images.image_features
+        self.sentences, self.text_features = texts.sentences, texts.text_features
 
 
 def image_features(

@@ -12,7 +12,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -38,7 +38,7 @@ from retrieval.training.averaging import Scores as Mixed
 from retrieval.training.config import TrainConfig
 from retrieval.training.data import Batch, Data, HeldOut, Pairs, Sampler, Towers, image_features
 from retrieval.training.export import write_graphs
-from retrieval.training.features import FrozenTowers
+from retrieval.training.features import FrozenTowers, OneFrozen
 from retrieval.training.lora import add_lora, merge_lora
 from retrieval.training.losses import OBJECTIVES, info_nce, matryoshka, mutual_information_bound, relation_distillation
 from retrieval.training.mining import HardNegatives, mine
@@ -103,28 +103,13 @@ def _train(
     torch.manual_seed(config.seed)
     start = start_model(config)
     start.model.to(config.device)
-    frozen = config.train == "heads" and isinstance(start.model, DualEncoder)
+    frozen = _frozen_sides(config, start)
     _check_fit(config, start)
-    check_views(config, frozen)
+    check_views(config, "image" in frozen)
     if note:
         note("reading the data" + (", and encoding what is not in the cache" if frozen else ""))
     with tempfile.TemporaryDirectory(prefix="diptych-train-") as scratch:
-        towers: Towers
-        if frozen:
-            towers = FrozenTowers(frozen_encoder(start, Path(scratch)), config.views, config.device)
-        else:
-            towers = TrainedTowers(
-                start.model,
-                start.preprocessing,
-                start.tokenizer_json,
-                start.context_length,
-                config.device,
-                config.part,
-                config.word_dropout,
-                trim=isinstance(start.model, DualEncoder),
-                in_memory=config.in_memory_gb * 1e9,
-                amp=config.amp,
-            )
+        towers = _towers(config, start, Path(scratch))
         device = "cpu" if config.device == "cpu" else "auto"  # a bundle as a teacher runs on the CPU in any case
         teacher = load_encoder(config.teacher, device=device) if config.teacher else None
         start.model.eval()  # what is computed of the data now is of the pictures as they are
@@ -159,6 +144,35 @@ def _train(
         write_run_page(folder.path.name, log, asdict(config), folder.path / PAGE, share=share)
     folder.finish()
     return metrics
+
+
+def _frozen_sides(config: TrainConfig, start: StartModel) -> Collection[str]:
+    """The towers whose features stay the same, so that they can be cached."""
+    if not isinstance(start.model, DualEncoder):
+        return ()
+    return {"heads": ("image", "text"), "image": ("text",), "text": ("image",)}.get(config.train, ())
+
+
+def _towers(config: TrainConfig, start: StartModel, scratch: Path) -> Towers:
+    sides = _frozen_sides(config, start)
+    frozen = FrozenTowers(frozen_encoder(start, scratch), config.views, config.device) if sides else None
+    if frozen and len(sides) == 2:
+        return frozen
+    trained = TrainedTowers(
+        start.model,
+        start.preprocessing,
+        start.tokenizer_json,
+        start.context_length,
+        config.device,
+        config.part,
+        config.word_dropout,
+        trim=isinstance(start.model, DualEncoder),
+        in_memory=config.in_memory_gb * 1e9,
+        amp=config.amp,
+    )
+    if frozen is None:
+        return trained
+    return OneFrozen(frozen, trained) if "image" in sides else OneFrozen(trained, frozen)
 
 
 def _steps(run: _Run, folder: RunFolder, progress: Progress | None, note: Note | None) -> dict[str, float]:

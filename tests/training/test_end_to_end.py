@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from retrieval.bundle import Bundle
 from retrieval.onnx_encoder import OnnxEncoder
+from retrieval.pairs import read_pairs
 from retrieval.training import loop
 from retrieval.training import models as starts
 from retrieval.training.config import TrainConfig
@@ -148,3 +149,40 @@ def test_only_words_of_sentences_are_hidden() -> None:
     assert (hidden[0][changed] == 103).all()
     assert not changed[0]
     assert not changed[-1]
+
+
+@pytest.mark.parametrize(("what", "locked"), [("text", "image"), ("image", "text")])
+def test_a_locked_tower_is_not_run_at_every_step(
+    toy: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, locked: str
+) -> None:
+    """Its features come from the cache, and they are those that it gives in torch."""
+    settings = replace(toy, train=what, epochs=2, anchor=0.0, word_dropout=0.0, dropout=0.0)
+    used, seen = [], []
+    for side in ("image", "text"):
+        of = getattr(TrainedTowers, f"{side}_features")
+        monkeypatch.setattr(
+            TrainedTowers,
+            f"{side}_features",
+            lambda towers, rows, of=of, side=side: used.append(side) or of(towers, rows),
+        )
+    loss = loop._Run._loss
+    monkeypatch.setattr(loop._Run, "_loss", lambda run, batch: seen.append((run, batch)) or loss(run, batch))
+    loop.train(settings, tmp_path / "run")
+    assert set(used) == {what}
+
+    run, batch = seen[0]
+    cached = (
+        run.towers.image_features(batch.pictures) if locked == "image" else run.towers.text_features(batch.sentences)
+    )
+    start = starts.start_model(settings)
+    towers = TrainedTowers(start.model, start.preprocessing, start.tokenizer_json, 64, "cpu", 8, 0.0)
+    start.model.eval()
+    every = [*read_pairs(tmp_path / "toy.jsonl", "train")]
+    rows = (
+        towers.image_features(towers.pictures(every)[0][0])
+        if locked == "image"
+        else towers.text_features(towers.sentences([text for record in every for text in record.texts]))
+    )
+    cached = cached[: len(every)]  # behind them come those of the vocabulary
+    nearest = (torch.nn.functional.normalize(rows, dim=1) @ cached.T).max(0).values  # the batch's order is its own
+    assert float(nearest.detach().min()) > 0.9999
