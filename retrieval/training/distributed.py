@@ -115,7 +115,8 @@ def _sum(values: Tensor) -> Tensor:
         try:
             dist.all_reduce(values)
         except RuntimeError as error:
-            raise DataError(f"another process of this run has ended, or cannot be reached: {error}") from error
+            reason = str(error).partition("\n")[0]
+            raise DataError(f"another process of this run has ended, or cannot be reached: {reason}") from error
     return values
 
 
