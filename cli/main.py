@@ -391,7 +391,7 @@ def train(
     """Train a bundle further on your own pairs, contrastively; the result is a bundle. A kill costs two minutes."""
     try:
         from retrieval.training import config as recipes
-        from retrieval.training import loop
+        from retrieval.training import distributed, loop
     except ImportError as error:
         if (error.name or "").split(".")[0] != "torch":
             raise
@@ -417,13 +417,15 @@ def train(
     changes = {key: value for key, value in changes.items() if value is not None}
     if resume and changes:
         raise typer.BadParameter(f"a run goes on as it began: leave out {', '.join(changes)}", param_hint="--resume")
-    with render.progress("training", "steps") as advance:
+    with distributed.one_voice(), render.progress("training", "steps") as advance:
         if resume:
             output, result = resume, loop.resume(resume, progress=advance, note=render.note)
         else:
             settings = recipes.load_config(config, data) if config else recipes.config_for(pairs or [], model)
             settings = recipes.with_changes(settings, changes)
             result = loop.train(settings, output, progress=advance, note=render.note)
+    if not distributed.is_first():
+        return
     if json:
         render.json_out({"model": str(output), "metrics": result})
     else:

@@ -23,6 +23,7 @@ from retrieval.errors import DataError
 from retrieval.evaluation import dataset_name, labelled, prompts_of
 from retrieval.pairs import Picture, Record, checksum, read_pairs
 from retrieval.training.config import Source, Test, TrainConfig, Unlabelled, Vocabulary
+from retrieval.training.distributed import own_share
 from retrieval.training.mining import HardNegatives, hard_batches
 from retrieval.training.reading import (
     Note,
@@ -410,12 +411,15 @@ class Sampler:
         vocabulary, settings = self.data.vocabulary, self.config.vocabulary
         whose = rows if source.classes is None else source.classes[rows]
         drawn = [(source, np.tile(rows, captions), np.tile(whose, captions))]  # from where, pictures, and their owner
-        pictures, count = [self._pictures(source, rows, pool)], len(rows)
+        named = min(settings.pictures, len(vocabulary.views[0])) if vocabulary is not None and settings else 0
+        own, count = own_share(len(rows) + named), len(rows)
+        pictures = [self._pictures(source, rows, pool, own)]
         anchors = [] if source.anchor is None else [source.anchor[rows]]
         virtual = []
         if vocabulary is not None and settings is not None:
             classes = self.random.permutation(len(vocabulary.views[0]))[: settings.pictures]
-            pictures.append(self._pictures(vocabulary, classes, pool))
+            behind = range(own.start - count, own.stop - count)
+            pictures.append(self._pictures(vocabulary, classes, pool, behind))
             count += len(classes)
             anchors += [] if vocabulary.anchor is None else [vocabulary.anchor[classes]]
             drawn.append((vocabulary, classes, -1 - classes))  # negative: never a row of the source
@@ -448,9 +452,12 @@ class Sampler:
             share = torch.from_numpy(self.random.uniform(0.6, 1, (settings.mixtures, 1))).to(self.class_rows)
             yield share * self.class_rows[first] + (1 - share) * self.class_rows[second], first
 
-    def _pictures(self, source: Pairs, rows: NDArray[np.int64], pool: ThreadPoolExecutor) -> Callable[[], Tensor]:
-        """One view of each of these pictures, begun."""
-        return begin(source.views[self.random.integers(len(source.views))], rows, pool)
+    def _pictures(
+        self, source: Pairs, rows: NDArray[np.int64], pool: ThreadPoolExecutor, own: range
+    ) -> Callable[[], Tensor]:
+        """One view of each of these pictures, begun; of streamed ones, those at the process's own places."""
+        view = source.views[self.random.integers(len(source.views))]
+        return begin(view, rows, pool, range(max(0, own.start), max(0, min(own.stop, len(rows)))))
 
     def _drawn(self, source: Pairs, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """One sentence of each of these pictures, as its row."""

@@ -31,6 +31,7 @@ from retrieval.metrics import evaluate_classification, evaluate_retrieval
 from retrieval.onnx_encoder import OnnxEncoder
 from retrieval.pairs import read_pairs
 from retrieval.report import write_run_page
+from retrieval.training import distributed
 from retrieval.training.amp import LossScale
 from retrieval.training.auxiliary import Auxiliary, check_views
 from retrieval.training.averaging import Interpolation, WeightAverage, choose_interpolation, interpolated
@@ -70,21 +71,24 @@ def train(
 
     Returns:
         The measures of the config's tests; without tests, hit@k on the ``val`` split of the pairs before and after,
-        where there is one.
+        where there is one. Of torchrun's processes, those after the first return the latter at the end alone.
 
     Raises:
         DataError: the data are missing or wrong, the loss is no number any more, or the disk is full.
         UsageError: the folder exists.
         ModelError: the bundle cannot be trained.
     """
-    _check_output(output)
+    if distributed.is_first():
+        _check_output(output)
     lasting = replace(
         config,
         data=str(Path(config.data).absolute()),
         model=lasting_spec(config.model),
         teacher=lasting_spec(config.teacher),
     )
-    return _train(config, lambda: RunFolder.create(output, lasting), progress, note)
+    with distributed.joined(config.device):
+        folder_of = RunFolder.create if distributed.is_first() else distributed.FollowedFolder
+        return _train(config, lambda: folder_of(output, lasting), progress, note)
 
 
 def resume(output: Path, *, progress: Progress | None = None, note: Note | None = None) -> dict[str, float]:
@@ -94,12 +98,16 @@ def resume(output: Path, *, progress: Progress | None = None, note: Note | None 
     bit. Arguments, result and errors as for :func:`train`; UsageError when there is no run, or it is done.
     """
     folder = RunFolder.open(output)
-    return _train(folder.config, lambda: folder, progress, note)
+    with distributed.joined(folder.config.device):
+        own = folder if distributed.is_first() else distributed.FollowedFolder(output, folder.config)
+        return _train(folder.config, lambda: own, progress, note)
 
 
 def _train(
     config: TrainConfig, folder_of: Callable[[], RunFolder], progress: Progress | None, note: Note | None
 ) -> dict[str, float]:
+    if not distributed.is_first():
+        progress = note = None
     torch.manual_seed(config.seed)
     start = start_model(config)
     start.model.to(config.device)
@@ -110,10 +118,13 @@ def _train(
         note("reading the data" + (", and encoding what is not in the cache" if frozen else ""))
     with tempfile.TemporaryDirectory(prefix="diptych-train-") as scratch:
         towers = _towers(config, start, Path(scratch))
+        if distributed.process_count() > 1:
+            towers = distributed.SharedTowers(towers)
         device = "cpu" if config.device == "cpu" else "auto"  # a bundle as a teacher runs on the CPU in any case
         teacher = load_encoder(config.teacher, device=device) if config.teacher else None
         start.model.eval()  # what is computed of the data now is of the pictures as they are
         data = Data(config, towers, progress, teacher, note)
+    distributed.check_alike(data.digest)
     if not config.model and isinstance(start.model, DualEncoder):
         _standardise(start.model, towers, data)
     run = _Run(config, start.model, towers, data)
@@ -129,6 +140,8 @@ def _train(
     if note and chosen and config.guard:
         note(f"{chosen.share:.0%} of the new weights: {chosen.reason}")
     after = run.validate()
+    if not distributed.is_first():
+        return after
     with folder.writing():
         bundle = _write_bundle(config, start, data, folder.path, chosen)
     if note:
@@ -178,6 +191,7 @@ def _towers(config: TrainConfig, start: StartModel, scratch: Path) -> Towers:
 def _steps(run: _Run, folder: RunFolder, progress: Progress | None, note: Note | None) -> dict[str, float]:
     """All steps that are left, with log and checkpoints on the way. Returns the measures before the first."""
     checkpoint = folder.load()
+    distributed.wait_for_all()  # to have read it; the first process is soon to replace it
     if checkpoint:
         run.restore(checkpoint)
     else:
@@ -208,6 +222,8 @@ def _check_fit(config: TrainConfig, start: StartModel) -> None:
     if isinstance(start.model, DualEncoder):
         if config.train == "heads" and config.amp not in ("auto", "fp32"):
             raise DataError("amp is for towers that learn: projections alone, from cached features, learn in fp32")
+        if config.train == "heads" and distributed.process_count() > 1:
+            raise DataError("projections alone, from cached features, learn in minutes: start one process, not several")
         return
     if config.word_dropout or (config.vocabulary and config.vocabulary.class_rows):
         raise DataError("word_dropout and a vocabulary's class_rows are for the built-in towers: set both to 0")
@@ -295,7 +311,9 @@ class _Run:
             self.check_finite(loss, step=step)
             self.optimizer.zero_grad()
             self.loss_scale.backward(loss)
+            distributed.average_gradients(self.optimizer)
             self.loss_scale.step(self.optimizer)
+            distributed.average_statistics(self.weights)
             clamp_scale(self.weights)
             if self.average:
                 self.average.update(self.weights)

@@ -119,9 +119,19 @@ class RunFolder:
 
     def load(self) -> Checkpoint | None:
         """Read the checkpoint, and cut the log back to that moment; None before the first. DataError when damaged."""
+        checkpoint = self.read_checkpoint()
+        if checkpoint is None:
+            (self.path / LOG).unlink(missing_ok=True)
+            return None
+        lines = self.read_log()[: checkpoint.log]
+        with self.writing(), replacing(self.path / LOG) as log:
+            log.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        return checkpoint
+
+    def read_checkpoint(self) -> Checkpoint | None:
+        """Read the checkpoint and leave everything as it is; None before the first. DataError when damaged."""
         file = self.path / CHECKPOINT
         if not file.exists():
-            (self.path / LOG).unlink(missing_ok=True)
             return None
         try:
             with safe_open(str(file), "pt") as stored:
@@ -129,9 +139,6 @@ class RunFolder:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file} is damaged ({error}): delete it to begin the run anew") from error
-        lines = self.read_log()[: state["log"]]
-        with self.writing(), replacing(self.path / LOG) as log:
-            log.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         return Checkpoint(state["step"], tensors, state["random"], state["log"])
 
     def finish(self) -> None:

@@ -41,10 +41,26 @@ class Streamed:
         with decoders() as pool:
             return self.begin(rows, pool)()
 
-    def begin(self, rows: NDArray[np.int64], pool: ThreadPoolExecutor) -> Callable[[], Tensor]:
-        """Have these rows decoded; what is returned waits for them."""
-        decoded = pool.map(self._decode, rows.tolist())
-        return lambda: self._stack(decoded)
+    def begin(
+        self, rows: NDArray[np.int64], pool: ThreadPoolExecutor, wanted: range | None = None
+    ) -> Callable[[], Tensor]:
+        """Have these rows decoded; what is returned waits for them.
+
+        ``wanted``: places among them; the others, which nobody will look at, are zeros.
+        """
+        if wanted is None or len(wanted) == len(rows):
+            decoded = pool.map(self._decode, rows.tolist())
+            return lambda: self._stack(decoded)
+        some = wanted or range(1)  # one in any case, for its shape
+        decoded = pool.map(self._decode, rows[some.start : some.stop].tolist())
+
+        def placed() -> Tensor:
+            found = self._stack(decoded)
+            whole = found.new_zeros((len(rows), *found.shape[1:]))
+            whole[some.start : some.stop] = found
+            return whole
+
+        return placed
 
     def parts(self) -> Iterator[Tensor]:
         """All rows in order, ``part`` of them at a time, the next of them decoded meanwhile."""
@@ -82,9 +98,11 @@ def decoders() -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def begin(pictures: PictureRows, rows: NDArray[np.int64], pool: ThreadPoolExecutor) -> Callable[[], Tensor]:
-    """Have these rows decoded if they have to be; what is returned gives them."""
-    return pictures.begin(rows, pool) if isinstance(pictures, Streamed) else lambda: pictures[rows]
+def begin(
+    pictures: PictureRows, rows: NDArray[np.int64], pool: ThreadPoolExecutor, wanted: range | None = None
+) -> Callable[[], Tensor]:
+    """Have these rows decoded if they have to be, or at least those wanted; what is returned gives them."""
+    return pictures.begin(rows, pool, wanted) if isinstance(pictures, Streamed) else lambda: pictures[rows]
 
 
 def parts(pictures: PictureRows) -> Iterator[Tensor]:
