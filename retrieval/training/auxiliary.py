@@ -1,4 +1,4 @@
-"""What is learnt beside the objective: two views of a picture, features decoded from vectors, a teacher's own vectors.
+"""What is learnt beside the objective: views of a picture, decoded features, a teacher's vectors, WordNet's nouns.
 
 Some of it needs parameters of its own, decoders and maps to the teacher's width. They are trained with the model and
 stand in the checkpoint, and are no part of the bundle.
@@ -13,14 +13,17 @@ from torch import Tensor, nn
 
 from retrieval.errors import DataError
 from retrieval.training.config import TrainConfig
-from retrieval.training.data import Batch, Data, Towers
+from retrieval.training.data import Batch, Data, Towers, Words
 from retrieval.training.features import FrozenTowers
 from retrieval.training.losses import (
     cross_reconstruction,
     feature_distillation,
+    info_nce,
     interactive_contrastive,
     nt_xent,
     reconstruction,
+    soft_targets,
+    told_apart,
 )
 from retrieval.training.open_clip_models import OpenClipEncoder
 from retrieval.training.parameters import Group
@@ -28,6 +31,7 @@ from retrieval.training.streaming import PictureRows
 from retrieval.training.towers import DualEncoder
 
 _SCALE = 10.0  # between two views of a picture: SLIP's temperature, 0.1
+_NOUN_SCALE = 20.0  # between a noun and its definition: sisters may stay close to each other
 _MEASURED = 512  # rows of each source that mean and spread of the features are taken from
 
 
@@ -130,6 +134,8 @@ class Auxiliary:
             loss = loss + config.self_supervised * self._self_supervision(len(batch.pictures), random)
         if config.reconstruct:
             loss = loss + config.reconstruct * self._reconstruction(features, vectors)
+        if batch.words is not None:
+            loss = loss + self._lexicon(batch.words, vectors)
         if batch.taught and (config.distil_features or config.distil_interactive):
             loss = loss + self._distillation(batch.taught, batch.owner, vectors)
         return loss
@@ -162,6 +168,19 @@ class Auxiliary:
         )
         spreads = image.spread, text.spread
         return own / 2 + cross_reconstruction(images, texts, image(vectors[1]), text(vectors[0]), spreads)
+
+    def _lexicon(self, words: Words, vectors: tuple[Tensor, Tensor]) -> Tensor:
+        """Nouns find the pictures of their kin and their definitions, and are found by no other picture."""
+        settings, scale = self.config.lexicon, self.model.scale()
+        assert settings is not None  # or there are no words
+        both = self.model.text.head(self.towers.text_features(torch.cat([words.names, words.definitions])))
+        names, definitions = both.chunk(2)
+        loss = settings.unlike * told_apart(*vectors, names, words.wrong, scale)
+        if len(words.targets) and words.targets.shape[1]:
+            pictures = vectors[0][words.classed]
+            finds = [soft_targets(said[words.placed], pictures, words.targets, scale) for said in (names, definitions)]
+            loss = loss + settings.related * (finds[0] + finds[1]) / 2
+        return loss + settings.defined * info_nce(names, definitions, _NOUN_SCALE)
 
     def _distillation(self, taught: tuple[Tensor, Tensor], owner: Tensor, vectors: tuple[Tensor, Tensor]) -> Tensor:
         """The teacher's vectors themselves (FD and ICL of CLIP-KD, Yang et al. 2024, arXiv:2307.12732)."""

@@ -73,6 +73,26 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class Lexicon:
+    """Nouns beyond captions and classes, from WordNet: a text tower is taught what they are and what they look like.
+
+    It needs a vocabulary of ImageNet's classes, each picture named by its synset (``n02084071_dog.jpg``).
+    """
+
+    wordnet: str  # folder with WordNet 3.0's data.noun and index.noun, relative to the data folder
+    nouns: int = 256  # a batch, each with its definition: two short sentences, as much work as a caption or two
+    related: float = 0.3  # weight of a noun finding the pictures of the classes that are next of kin
+    defined: float = 0.3  # weight of a noun and its definition finding each other
+    unlike: float = (
+        0.5  # weight of a picture not being taken for one of the other nouns: without it, rare words are hubs
+    )
+
+    def __post_init__(self) -> None:
+        if self.nouns < 2 or not all(0 <= weight < math.inf for weight in (self.related, self.defined, self.unlike)):
+            raise DataError("a lexicon's nouns must be at least 2, and its weights numbers from 0 on")
+
+
+@dataclass(frozen=True)
 class Test:
     """Data to measure the result on, once, at the end."""
 
@@ -97,6 +117,7 @@ class TrainConfig:
     precision: Precision = "fp16"  # of the stored weights; hit@k is that of fp32 to the last digit shown
     views: tuple[str, ...] = ("clean",)  # of each picture, one drawn at every visit
     vocabulary: Vocabulary | None = None
+    lexicon: Lexicon | None = None
     tests: tuple[Test, ...] = ()
     epochs: float = 40  # of so few parameters that each is seconds
     batch_size: int = 2048  # more negatives, and fewer steps for the projections to learn single photos by heart in
@@ -190,6 +211,8 @@ class TrainConfig:
                 f"self-supervision is all that learns from unlabelled pictures: set self_supervised, {SELF_SUPERVISED} "
                 "for example"
             )
+        if self.lexicon and (self.vocabulary is None or self.train in ("heads", "image")):
+            raise DataError("a lexicon is for a text tower that learns, beside a vocabulary: train all, text or lora")
         if self.self_supervised and self.train == "text":
             raise DataError('self_supervised is for the image tower, which train = "text" locks')
 
@@ -233,6 +256,8 @@ def _config(file: Path, settings: dict[str, Any], nested: dict[str, Any]) -> Tra
     nested["unlabelled"] = tuple(_settings(file, Unlabelled, item) for item in _listed(settings.pop("unlabelled", [])))
     if "vocabulary" in settings:
         nested["vocabulary"] = _settings(file, Vocabulary, settings.pop("vocabulary"))
+    if "lexicon" in settings:
+        nested["lexicon"] = _settings(file, Lexicon, settings.pop("lexicon"))
     return _settings(file, TrainConfig, settings, nested)
 
 

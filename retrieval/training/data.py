@@ -24,6 +24,7 @@ from retrieval.evaluation import dataset_name, labelled, prompts_of
 from retrieval.pairs import Picture, Record, checksum, read_pairs
 from retrieval.training.config import Source, Test, TrainConfig, Unlabelled, Vocabulary
 from retrieval.training.distributed import own_share
+from retrieval.training.lexicon import Nouns, WordNet, nouns_for, synsets_of, words_of
 from retrieval.training.mining import HardNegatives, hard_batches
 from retrieval.training.reading import (
     Note,
@@ -107,12 +108,15 @@ class Data:
         self.sources: list[Pairs] = []
         self.validation: list[Record] = []
         self.named: list[HeldOut] = []  # to validate on: sources of labels
+        self.said: set[str] = set()  # the words of all captions
+        self.synsets: list[int] = []  # of the vocabulary's classes
         for test in config.tests:
             read_pairs(base / test.pairs, test.split)  # what is missing is said now, and not when all is done
         for source in config.sources:
             self.sources.append(self._source(base / source.pairs, source))
         self.unlabelled = [self._unlabelled(base, item) for item in config.unlabelled]
         self.vocabulary = self._vocabulary(config)
+        self.nouns = self._nouns(base / config.lexicon.wordnet) if config.lexicon else None
         self.val = self._pairs(self.validation, "validation")[1] if self.validation else None
         self.guard = [self._held_out(base / test.pairs, test) for test in config.guard]
 
@@ -132,6 +136,7 @@ class Data:
         if pairs is None or len(readable) < 2:
             raise DataError(f"{source.pairs} has no two captioned pictures of split {split!r} to learn from")
         self._record(source.pairs, split, readable, unreadable=len(kept) - len(readable))
+        self.said.update(word for record in readable for text in record.texts for word in words_of(text))
         balance = balance_by(readable, source.balance, source.balance_power) if source.balance else None
         return replace(
             self._taught(readable, pairs),
@@ -237,7 +242,16 @@ class Data:
                 "cannot be read: its rows would not be those of the classes any more; set class_rows to 0"
             )
         self._record(settings.pairs, None, readable, unreadable=len(named) - len(readable))
+        if config.lexicon:
+            self.synsets = synsets_of(readable)
         return self._taught(readable, pairs)
+
+    def _nouns(self, folder: Path) -> Nouns:
+        nouns = nouns_for(WordNet(folder), self.synsets, self.said)
+        if self.note:
+            self.note(f"{len(nouns.names)} nouns of WordNet, {int(nouns.placed.sum())} of them kin to a class")
+        self.record.append({"wordnet": folder.name, "nouns": len(nouns.names)})
+        return nouns
 
 
 def image_features(towers: Towers, pictures: PictureRows) -> Tensor:
@@ -247,6 +261,18 @@ def image_features(towers: Towers, pictures: PictureRows) -> Tensor:
 
 def _place(picture: Picture) -> Picture:
     return picture.resolve() if isinstance(picture, Path) else picture
+
+
+@dataclass(frozen=True)
+class Words:
+    """Nouns that meet a batch's pairs, see :class:`retrieval.training.config.Lexicon`."""
+
+    names: Tensor  # N rows, as the towers keep sentences
+    definitions: Tensor  # N rows
+    placed: Tensor  # (N,) bool: those that the targets are of
+    classed: Tensor  # (B,) bool: the pairs whose pictures are of a class
+    targets: Tensor  # (placed, classed) the share of each picture in a noun's attention
+    wrong: Tensor  # (B, N) bool: the noun says nothing of the pair's picture
 
 
 @dataclass(frozen=True)
@@ -260,6 +286,7 @@ class Batch:
     owner: Tensor  # (B,) see `info_nce`
     anchor: Tensor | None  # (P, F)
     taught: tuple[Tensor, Tensor] | None  # (T, E) each: the teacher's vectors of the first T pairs
+    words: Words | None = None
 
 
 class Sampler:
@@ -427,6 +454,7 @@ class Sampler:
                 virtual.append(features)
                 drawn.append((vocabulary, classes, -1 - classes))
         spoken = [self._drawn(pairs, of) for pairs, of, _ in drawn]
+        words = self._words(drawn)
         shown = [np.tile(np.arange(len(rows)), captions), np.arange(len(rows), count + sum(map(len, virtual)))]
         real = list(zip(drawn, spoken, strict=True))[: len(pictures)]  # what a teacher can have seen
         taught = [(p.taught[0][of], p.taught[1][said]) for (p, of, _), said in real if p.taught]
@@ -439,6 +467,30 @@ class Sampler:
             torch.from_numpy(np.concatenate([owner for _, _, owner in drawn])).to(self.config.device),
             torch.cat(anchors) if anchors else None,
             (torch.cat(images), torch.cat(texts)) if taught else None,
+            words,
+        )
+
+    def _words(self, drawn: Sequence[tuple[Pairs, NDArray[np.int64], NDArray[np.int64]]]) -> Words | None:
+        """Nouns by their chance, each with one of its names in one of the vocabulary's templates."""
+        nouns, settings, vocabulary = self.data.nouns, self.config.lexicon, self.config.vocabulary
+        if nouns is None or settings is None or vocabulary is None:
+            return None
+        chosen = self.random.choice(
+            len(nouns.names), min(settings.nouns, int((nouns.chance > 0).sum())), False, nouns.chance
+        )
+        names = [
+            self.random.choice(vocabulary.templates).format(name=self.random.choice(nouns.names[noun]))
+            for noun in chosen
+        ]
+        # Of each pair, the class of its picture; -1 for one with a caption.
+        classes = np.concatenate([of if pairs is self.data.vocabulary else 0 * of - 1 for pairs, of, _ in drawn])
+        classed, placed = classes >= 0, nouns.placed[chosen]
+        wrong = np.where(classed[:, None], ~nouns.kind_of[chosen].T[classes], nouns.unsaid[chosen])
+        targets = nouns.target(chosen[placed], classes[classed])
+        sentences = self.data.towers.sentences([*names, *(nouns.definitions[noun] for noun in chosen)])
+        return Words(
+            *sentences.chunk(2),
+            *(torch.from_numpy(rows).to(self.config.device) for rows in (placed, classed, targets, wrong)),
         )
 
     def _virtual(self, settings: Vocabulary) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:

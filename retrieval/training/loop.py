@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from retrieval.bundle import Bundle
 from retrieval.encoders import find_bundle, lasting_spec, load_encoder
 from retrieval.errors import DataError, ModelError, UsageError
-from retrieval.evaluation import classify, dataset_name, evaluate, mean_vectors
+from retrieval.evaluation import classify, dataset_name, evaluate, mean_vectors, prompts_of
 from retrieval.metrics import evaluate_classification, evaluate_retrieval
 from retrieval.onnx_encoder import OnnxEncoder
 from retrieval.pairs import read_pairs
@@ -40,6 +40,7 @@ from retrieval.training.config import TrainConfig
 from retrieval.training.data import Batch, Data, HeldOut, Pairs, Sampler, Towers, image_features
 from retrieval.training.export import write_graphs
 from retrieval.training.features import FrozenTowers, OneFrozen
+from retrieval.training.lexicon import Nouns
 from retrieval.training.lora import add_lora, merge_lora
 from retrieval.training.losses import OBJECTIVES, info_nce, matryoshka, mutual_information_bound, relation_distillation
 from retrieval.training.mining import HardNegatives, mine
@@ -355,6 +356,8 @@ class _Run:
         """hit@k, and a lower bound of what picture and sentence tell of each other, in nats; empty without pairs."""
         val = self.data.val
         named = {f"val_{name}": value for held in self.data.named for name, value in self._held_out(held).items()}
+        if self.data.nouns and len(self.data.nouns.held_out):
+            named["val_nouns_hit@1"] = self._nouns_found(self.data.nouns)
         if val is None:
             return named
         pictures, texts = self._vectors(val)
@@ -366,6 +369,16 @@ class _Run:
             "val_mutual_information": float(mutual_information_bound(loss, count)),
             **named,
         }
+
+    def _nouns_found(self, nouns: Nouns) -> float:
+        """How often a noun that was not taught finds a picture of its kin, among one of each class."""
+        vocabulary, rows = self.data.vocabulary, self.sampler.class_rows
+        assert vocabulary is not None  # see TrainConfig
+        pictures = image_features(self.towers, vocabulary.views[0]) if rows is None else rows
+        prompts = prompts_of([nouns.names[noun][0] for noun in nouns.held_out])
+        texts = self.model.text.head(self.towers.text_features(self.towers.sentences(prompts)))
+        best = (texts @ self.model.image.head(pictures).T).argmax(1)
+        return nouns.kin_found(best.cpu().numpy())
 
     def _guard(self) -> dict[str, float]:
         return {f"guard_{name}": value for held in self.data.guard for name, value in self._held_out(held).items()}

@@ -475,6 +475,39 @@ def cross_reconstruction(
 # ---- by name ---------------------------------------------------------------------------------------------------------
 
 
+def soft_targets(rows: Tensor, columns: Tensor, targets: Tensor, scale: Tensor | float) -> Tensor:
+    """Cross-entropy between given shares and the softmax of scaled cosines (Hinton et al. 2015, arXiv:1503.02531).
+
+    Args:
+        rows: (R, D) unit rows.
+        columns: (C, D) unit rows.
+        targets: (R, C) how much of each row's attention each column is to have; a row sums to 1.
+        scale: inverse temperature.
+
+    Returns:
+        The mean over the rows, a scalar.
+    """
+    return -(targets * _logits(rows, columns, scale).log_softmax(1)).sum(1).mean()
+
+
+def told_apart(images: Tensor, texts: Tensor, others: Tensor, wrong: Tensor, scale: Tensor | float) -> Tensor:
+    """InfoNCE of each picture with its own text, against further texts that belong to no picture of the batch.
+
+    Args:
+        images: (B, D) unit rows.
+        texts: (B, D) their own.
+        others: (N, D) unit rows.
+        wrong: (B, N) which of those are wrong for the picture; the rest count for nothing.
+        scale: inverse temperature.
+
+    Returns:
+        The mean over the pictures, a scalar; 0 for a picture that none is wrong for.
+    """
+    own = scale * (_wide(images) * _wide(texts)).sum(1, keepdim=True)  # (B, 1)
+    against = _logits(images, others, scale).masked_fill(~wrong, -math.inf)  # (B, N)
+    return (torch.cat([own, against], 1).logsumexp(1) - own[:, 0]).mean()
+
+
 @dataclass(frozen=True)
 class Objective:
     """An objective of images and texts as a config names it; all are called alike.

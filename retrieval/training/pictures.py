@@ -28,6 +28,7 @@ _AREA, _RATIO = (0.35, 1.0), (3 / 4, 4 / 3)  # of a crop: share of the picture, 
 _JITTER = (0.6, 1.4)  # factors of brightness, contrast and colour
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _MASK, _FIRST_WORD = 103, 999  # BERT's vocabulary: [MASK], and the first id that is no control token
+_ALIKE = 128  # sentences of about a length that go through together; fewer are more calls than work
 _FEW_TOKENS = 10  # a name in a template: without one of its words it may be no name any more
 
 
@@ -114,13 +115,22 @@ class TrainedTowers:
         """(B, L) int64 -> (B, G). In training some words are hidden; more than ``part`` go through in parts as well."""
         if self.model.training and self.word_dropout:
             sentences = hide_words(sentences, self.word_dropout)
-        length = int((sentences != 0).sum(1).max()) if self.trim else sentences.shape[1]
+        if not self.trim:
+            return self._sentence_features(sentences)
+        # Sentences of a length go together, without padding: captions are three times as long as names.
+        length = (sentences != 0).sum(1)
+        order = length.argsort(stable=True)
+        parts = torch.split(order, min(self.part, _ALIKE))
+        features = [
+            self._sentence_features(sentences[rows, : int(length[rows].max())], len(sentences)) for rows in parts
+        ]
+        return torch.cat(features)[order.argsort()]
+
+    def _sentence_features(self, sentences: Tensor, batch: int = 0) -> Tensor:
+        """Sentences of one length to features, of a batch of so many."""
         with autocast(self.amp, self.device):
-            features = [
-                self._through(self.model.text.trunk, part, len(sentences))
-                for part in torch.split(sentences[:, :length], self.part)
-            ]
-        return torch.cat(features).float()
+            parts = torch.split(sentences, self.part)
+            return torch.cat([self._through(self.model.text.trunk, p, batch or len(sentences)) for p in parts]).float()
 
     def _through(self, trunk: Callable[[Tensor], Tensor], part: Tensor, batch: int) -> Tensor:
         """A part of a batch through a trunk; its activations are not kept if the batch has more parts."""
