@@ -4,10 +4,10 @@ python -m benchmarks.training [--pictures FOLDER] [--peers-python PYTHON] [--rep
 
 Both run as a user runs them: `retrieval.training.loop.train`, and `open_clip_train.main.main` with its arguments, each
 in a process of its own, by turns; ratios are medians over the turns. Clocks are read at the end of each step, ours
-through its report of progress, open_clip's as it asks for the next learning rate. The first steps do not count, nor does
-what comes before them, which is told apart: ours decodes all pictures once and holds them, as far as `in_memory_gb`
-allows; open_clip decodes at every visit, in worker processes, whose CPU time counts. Runs are ended within their first
-epoch, before any checkpoint of either.
+through its report of progress, open_clip's as it asks for the next learning rate. The first steps do not count, nor
+does what comes before them, which is told apart: ours decodes all pictures once and holds them, as far as
+`in_memory_gb` allows; open_clip decodes at every visit, in worker processes, whose CPU time counts. Runs are ended
+within their first epoch, before any checkpoint of either.
 
 open_clip_train comes with open_clip_torch, and needs braceexpand, pandas and webdataset beside it.
 """
@@ -33,7 +33,7 @@ from benchmarks.table import machine, write_section
 
 ROOT = Path(__file__).parents[1]
 NOT_INSTALLED = 3  # exit status
-WARM, STEPS = 2, 8  # steps that do not count, and that do
+WARM, STEPS = 2, 6  # steps that do not count, and that do
 EPOCHS = 1000  # of which a run sees the beginning
 THREADS, WORKERS = 2, 2
 PICTURE = (500, 375)  # of generated ones
