@@ -256,9 +256,9 @@ def main(pictures: Path | None, device: str, peers_python: str, repetitions: int
     write_section(
         "Training",
         f"`python -m benchmarks.training{' --quick' if quick else ''}` on {machine()}, device {device}, {THREADS} "
-        f"threads, {WORKERS} workers of open_clip's: random weights, all of them learning, fp32, {whose}, each side's own "
-        f"augmentation. Means over {STEPS} steps of the first epoch after {WARM}, medians (and ranges) of {repetitions} runs by turns. "
-        "Before the first step ours decodes every picture once.\n\n" + "\n\n".join(notes),
+        f"threads, {WORKERS} workers of open_clip's: random weights, all of them learning, fp32, {whose}, each side's "
+        f"own augmentation. Means over {STEPS} steps of the first epoch after {WARM}, medians (and ranges) of "
+        f"{repetitions} runs by turns. Before the first step ours decodes every picture once.\n\n" + "\n\n".join(notes),
         ("model", "trained by", "samples/s", "CPU ms a sample", "s to the first step's end"),
         rows,
     )
