@@ -227,7 +227,7 @@ def synsets_of(records: Sequence[Record]) -> list[int]:
 def _spoken(wordnet: WordNet, number: int, synset: Synset) -> tuple[str, ...]:
     """The names that are words and no proper names (the taxa of plants and animals), in a sense that is meant."""
     meant = [name for name in synset.names if wordnet.senses.get((name.lower(), number), (_SENSES, False))[0] < _SENSES]
-    return tuple(name for name in meant if not name[0].isupper())
+    return tuple(name for name in meant if name == name.lower())
 
 
 def _is_said(name: str, said: Collection[str]) -> bool:

@@ -262,7 +262,7 @@ def recipe(world):
         "ema": 0.5,
         "anchor": 0.1,
     }
-    settings |= {"model": str(bundle.path), "checkpoint_seconds": 0, "in_memory_gb": 0.0}
+    settings |= {"model": str(bundle.path), "checkpoint_seconds": 0, "in_memory_gb": 0.0, "anchor": 0.1}
     settings |= {"image_tower_learning_rate": 1e-3, "text_tower_learning_rate": 1e-3}
     lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
     file.write_text("\n".join([*lines, "[[sources]]", f"pairs = {json.dumps(str(world.pairs))}"]))

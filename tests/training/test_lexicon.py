@@ -157,7 +157,7 @@ def settings(world, quick, folder, tmp_path):
         batch_size=40,
         part=512,
         learning_rate=1e-3,
-        text_tower_learning_rate=3e-4,
+        text_tower_learning_rate=1e-3,
         precision="fp32",
     )
 
@@ -175,6 +175,7 @@ def test_a_word_that_no_caption_has_finds_the_pictures_of_its_kin(settings, worl
     loop.train(settings, tmp_path / "run")
     loop.train(replace(settings, lexicon=replace(settings.lexicon, related=0.0)), tmp_path / "without")
     taught, untaught = margins(tmp_path / "run", settings, world), margins(tmp_path / "without", settings, world)
+    print(taught, untaught)
     assert min(taught) > 0.1
     assert min(taught) > min(untaught) + 0.1
     record = Bundle.load(tmp_path / "run").training["data"]
