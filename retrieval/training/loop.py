@@ -7,6 +7,7 @@ where the frozen run ended.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import platform
@@ -47,7 +48,7 @@ from retrieval.training.open_clip_models import SCRATCH, OpenClipEncoder
 from retrieval.training.parameters import clamp_scale, train_mode, trainable_groups
 from retrieval.training.pictures import TrainedTowers
 from retrieval.training.run import PAGE, Checkpoint, RunFolder, load_optimizer, optimizer_tensors
-from retrieval.training.towers import DualEncoder, read_lite2_weights
+from retrieval.training.towers import DualEncoder, EfficientNetLite, read_lite2_weights
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the new weights, where there is something not to be forgotten
 _SAME = 0.95  # cosine of two captions that say the same: their pictures are no hard negatives of each other
@@ -101,7 +102,7 @@ def _train(
     config: TrainConfig, folder_of: Callable[[], RunFolder], progress: Progress | None, note: Note | None
 ) -> dict[str, float]:
     torch.manual_seed(config.seed)
-    start = start_model(config)
+    start = start_model(config, note)
     start.model.to(config.device)
     frozen = config.train == "heads" and isinstance(start.model, DualEncoder)
     _check_fit(config, start)
@@ -129,6 +130,9 @@ def _train(
         teacher = load_encoder(config.teacher, device=device) if config.teacher else None
         start.model.eval()  # what is computed of the data now is of the pictures as they are
         data = Data(config, towers, progress, teacher, note)
+        if config.word_vectors:  # a part of what is learnt from: the words that it knows, each in its place
+            checksum = hashlib.sha256(start.tokenizer_json.encode()).hexdigest()
+            data.record.append({"word_vectors": Path(config.word_vectors).name, "checksum": checksum})
     if not config.model and isinstance(start.model, DualEncoder):
         _standardise(start.model, towers, data)
     run = _Run(config, start.model, towers, data)
@@ -192,6 +196,9 @@ def _steps(run: _Run, folder: RunFolder, progress: Progress | None, note: Note |
 def _check_fit(config: TrainConfig, start: StartModel) -> None:
     """Refuse what only the built-in kind of towers can do, and what only towers that learn have a use for."""
     if isinstance(start.model, DualEncoder):
+        lite = isinstance(start.model.image.trunk, EfficientNetLite)
+        if config.vocabulary and config.vocabulary.class_rows and not lite:
+            raise DataError("a vocabulary's class_rows are rows of EfficientNet-Lite2's classifier: set it to 0")
         if config.train == "heads" and config.amp not in ("auto", "fp32"):
             raise DataError("amp is for towers that learn: projections alone, from cached features, learn in fp32")
         return
@@ -389,7 +396,7 @@ class _Run:
             self.auxiliary.learnt.load_state_dict(_under("auxiliary.", tensors))
             load_optimizer(self.optimizer, tensors)
             if not torch.equal(tensors["data"], self.data.digest):
-                raise ValueError("pictures or captions are others than when it began")
+                raise ValueError("pictures, captions or words are others than when it began")
             self.sampler.restore(tensors)
             self.loss_scale.restore(tensors)
             torch.set_rng_state(tensors["random.cpu"])
@@ -454,7 +461,7 @@ def _write_bundle(
         precision=config.precision,
     )
     # What stands elsewhere in the record, or is nobody's business.
-    told = ("data", "sources", "unlabelled", "tests", "guard", "licence", "model", "teacher", "command")
+    told = ("data", "sources", "unlabelled", "word_vectors", "tests", "guard", "licence", "model", "teacher", "command")
     record = {
         "command": config.command,
         "data": data.record,

@@ -50,6 +50,7 @@ _PLANS = (
     _Plan(("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"), r"layer(\d+)\.", ("attnpool",)),  # ModifiedResNet
     _Plan(("trunk.conv_stem", "trunk.bn0"), r"trunk\.blocks\.(\d+)\.", ("trunk.conv_head", "trunk.bn1", "head")),
     _Plan(("trunk.tokens", "trunk.positions", "trunk.kind", "trunk.norm"), r"trunk\.layers\.(\d+)\.", ("head",)),
+    _Plan(("trunk.words",), r"trunk\.lstm\.(?:weight|bias)_[ih]h_l(\d+)$", ("head",)),
     _Plan(  # transformers' BERT and RoBERTa
         ("transformer.embeddings",), r"transformer\.encoder\.layer\.(\d+)\.", ("transformer.pooler", "proj")
     ),

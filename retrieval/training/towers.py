@@ -7,13 +7,16 @@ can be read back and trained further without a second copy of its weights (:func
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retrieval.errors import MissingExtra
+from retrieval.training.classic import CNN, LSTM
 
 # (expansion, kernel, stride, output channels, repeats) of EfficientNet-B0 (Tan & Le 2019, arXiv:1905.11946, table 1).
 _BLOCKS = (
@@ -258,13 +261,16 @@ class ProjectionHead(nn.Module):
         return F.normalize(self.norm(x), dim=-1)  # (B, D)
 
 
+Trunk: TypeAlias = EfficientNetLite | CNN | MiniLM | LSTM
+
+
 class ProjectedTower(nn.Module):
     """A tower and the projection behind it."""
 
-    trunk: EfficientNetLite | MiniLM
+    trunk: Trunk
     head: ProjectionHead
 
-    def __init__(self, trunk: EfficientNetLite | MiniLM, dim: int) -> None:
+    def __init__(self, trunk: Trunk, dim: int) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = ProjectionHead(trunk.features, dim)
@@ -275,8 +281,16 @@ class ProjectedTower(nn.Module):
         return projected
 
 
-IMAGE_TOWERS = {"efficientnet-lite2": (EfficientNetLite, load_efficientnet_lite2)}
-TEXT_TOWERS = {"minilm-l6": (MiniLM, load_minilm)}
+# Each as a network, and as one to begin with.
+IMAGE_TOWERS: Mapping[str, tuple[Callable[[], Trunk], Callable[[], Trunk]]] = {
+    "efficientnet-lite2": (EfficientNetLite, load_efficientnet_lite2),
+    "cnn": (CNN, CNN),
+}
+TEXT_TOWERS: Mapping[str, tuple[Callable[..., Trunk], Callable[..., Trunk]]] = {
+    "minilm-l6": (MiniLM, load_minilm),
+    "lstm": (LSTM, LSTM),  # of its vocabulary
+}
+RANDOM_TOWERS = ("cnn", "lstm")  # begin with random weights
 
 
 class DualEncoder(nn.Module):
@@ -285,7 +299,7 @@ class DualEncoder(nn.Module):
     image: ProjectedTower
     text: ProjectedTower
 
-    def __init__(self, image: EfficientNetLite, text: MiniLM, dim: int) -> None:
+    def __init__(self, image: Trunk, text: Trunk, dim: int) -> None:
         super().__init__()
         self.image, self.text = ProjectedTower(image, dim), ProjectedTower(text, dim)
         self.log_scale = nn.Parameter(torch.zeros(()))
