@@ -65,7 +65,7 @@ def read_word_vectors(
                     extra -= 1
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
-    return {**stand_ins, **found}
+    return {**found, **{word: vector for word, vector in stand_ins.items() if word not in found}}
 
 
 def _entries(file: Path, stream: IO[bytes]) -> Iterator[_Entry]:
