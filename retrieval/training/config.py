@@ -99,6 +99,7 @@ class TrainConfig:
     word_vectors: str = ""  # file that the LSTM's words begin with, relative to the data folder; empty: random
     image_size: int = 260  # what Lite2 was trained at
     context_length: int = 64  # tokens; captions have 13 on average, 5 % have more than 20
+    shared_trunk: bool = False  # one MLP and norm behind both projections; it ties what CLIP's two sides learn apart
     dim: int = 512  # a store of 100,000 photos is 100 MB
     precision: Precision = "fp16"  # of the stored weights; hit@k is that of fp32 to the last digit shown
     views: tuple[str, ...] = ("clean",)  # of each picture, one drawn at every visit
@@ -184,6 +185,8 @@ class TrainConfig:
         random = [] if self.model else [t for t in (self.image_tower, self.text_tower) if t in RANDOM_TOWERS]
         if random and self.train == "heads":
             raise DataError(f'the tower {random[0]} is random, and would stay so: set train = "all"')
+        if self.shared_trunk and self.model:
+            raise DataError("shared_trunk is for projections that begin anew: a model to train further has its own")
         if self.word_vectors and "lstm" not in random:
             raise DataError("word_vectors are for an LSTM that begins anew: set text_tower to lstm, and no model")
 

@@ -34,7 +34,7 @@ from retrieval.pairs import read_pairs
 from retrieval.report import write_run_page
 from retrieval.training.amp import LossScale
 from retrieval.training.auxiliary import Auxiliary, check_views
-from retrieval.training.averaging import Interpolation, WeightAverage, choose_interpolation, interpolated
+from retrieval.training.averaging import Interpolation, WeightAverage, choose_interpolation, interpolated, learnt
 from retrieval.training.averaging import Scores as Mixed
 from retrieval.training.config import TrainConfig
 from retrieval.training.data import Batch, Data, HeldOut, Pairs, Sampler, Towers, image_features
@@ -367,7 +367,7 @@ class _Run:
 
     def state(self) -> dict[str, Tensor]:
         """All that a checkpoint has to hold, beside the step and numpy's random numbers."""
-        state = {f"model.{name}": value for name, value in self._learnt().items()}
+        state = {f"model.{name}": value for name, value in learnt(self.weights).items()}
         if self.average:
             state |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         state["data"] = self.data.digest
@@ -378,17 +378,12 @@ class _Run:
             state["random.cuda"] = torch.cuda.get_rng_state(self.config.device)
         return {**state, **self.loss_scale.state(), **optimizer_tensors(self.optimizer)}
 
-    def _learnt(self) -> dict[str, Tensor]:
-        """Everything but the weights that never change."""
-        frozen = {name for name, weight in self.weights.named_parameters() if not weight.requires_grad}
-        return {name: value for name, value in self.weights.state_dict().items() if name not in frozen}
-
     def restore(self, checkpoint: Checkpoint) -> None:
         """Be as at the moment of a checkpoint. DataError when it is of another run."""
         tensors = checkpoint.tensors
         try:
             weights = _under("model.", tensors)
-            if weights.keys() != self._learnt().keys():
+            if weights.keys() != learnt(self.weights).keys():
                 raise ValueError("it has other weights")
             self.weights.load_state_dict({**self.weights.state_dict(), **weights})
             if self.average:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 
 from retrieval import torch_encoder
@@ -57,9 +58,11 @@ def start_model(config: TrainConfig, note: Note | None = None) -> StartModel:
             return _open_clip(encoder.model, encoder.architecture, encoder.tokenizer, config, encoder.preprocessing)
         return start_from_bundle(config.model, config)
     tokenizer, text = _lstm(config, note) if config.text_tower == "lstm" else _minilm(config)
-    model = DualEncoder(IMAGE_TOWERS[config.image_tower][1](), text, config.dim)
+    model = DualEncoder(IMAGE_TOWERS[config.image_tower][1](), text, config.dim, config.shared_trunk)
     _regularise(model, config)
     source: dict[str, Any] = {"image_tower": config.image_tower, "text_tower": config.text_tower}
+    if config.shared_trunk:
+        source["shared_trunk"] = True
     if isinstance(text, LSTM):
         source["words"] = {"vocabulary": len(text.words), "width": text.words.shape[1], "fixed": text.fixed}
     return StartModel(
@@ -178,12 +181,17 @@ def _own_towers(bundle: Bundle, config: TrainConfig | None) -> DualEncoder:
         text = TEXT_TOWERS[names[1]][0](**bundle.source.get("words", {}))
     except (TypeError, ValueError, RuntimeError) as error:  # sizes that are none
         raise ModelError(f"{bundle.path / MODEL_FILE} cannot be trained further: {error}") from error
-    model = DualEncoder(IMAGE_TOWERS[names[0]][0](), text, bundle.dim)
+    shared = bundle.source.get("shared_trunk") is True
+    model = DualEncoder(IMAGE_TOWERS[names[0]][0](), text, bundle.dim, shared)
     model.log_scale.data.fill_(math.log(bundle.score_scale))
     if config is not None:
         _regularise(model, config)
     _load_tower(model.image, bundle.path / IMAGE_FILE)
+    trunk = {name: value.clone() for name, value in model.text.head.state_dict().items()} if shared else {}
     _load_tower(model.text, bundle.path / TEXT_FILE)
+    own = model.image.head.state_dict()
+    if any(not torch.equal(trunk[name], own[name]) for name in trunk if name.startswith(("mlp.", "norm."))):
+        raise ModelError(f"{bundle.path} cannot be trained further: its shared trunk is not the same in both graphs")
     return model
 
 

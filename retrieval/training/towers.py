@@ -294,14 +294,21 @@ RANDOM_TOWERS = ("cnn", "lstm")  # begin with random weights
 
 
 class DualEncoder(nn.Module):
-    """Two projected towers, and the learned temperature between them."""
+    """Two projected towers, and the learned temperature between them.
+
+    With a ``shared_trunk`` the two are Siamese behind each one's linear projection (Bromley et al. 1993): one and the
+    same residual MLP and norm, which learn from both sides and stand under two names, ``image.head.`` and
+    ``text.head.``, in state dicts and graphs.
+    """
 
     image: ProjectedTower
     text: ProjectedTower
 
-    def __init__(self, image: Trunk, text: Trunk, dim: int) -> None:
+    def __init__(self, image: Trunk, text: Trunk, dim: int, shared_trunk: bool = False) -> None:
         super().__init__()
         self.image, self.text = ProjectedTower(image, dim), ProjectedTower(text, dim)
+        if shared_trunk:
+            self.text.head.mlp, self.text.head.norm = self.image.head.mlp, self.image.head.norm
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(()))  # of the logits, for objectives that learn one
 
