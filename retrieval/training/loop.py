@@ -391,7 +391,7 @@ class _Run:
             self.auxiliary.learnt.load_state_dict(_under("auxiliary.", tensors))
             load_optimizer(self.optimizer, tensors)
             if not torch.equal(tensors["data"], self.data.digest):
-                raise ValueError("pictures, captions or words are others than when it began")
+                raise ValueError("words, pictures or captions are others than when it began")
             self.sampler.restore(tensors)
             self.loss_scale.restore(tensors)
             torch.set_rng_state(tensors["random.cpu"])

@@ -226,7 +226,7 @@ def test_resumed_with_other_words_it_is_refused(drawn, vectors, quick, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         quick("run", word_vectors=str(vectors), checkpoint_seconds=0.0)
     vectors.write_text(vectors.read_text().replace("azure", "ultramarine"))  # as many words as before
-    with pytest.raises(DataError, match="pictures, captions or words are others than when it began"):
+    with pytest.raises(DataError, match="words, pictures or captions are others than when it began"):
         loop.resume(tmp_path / "run")
 
 
