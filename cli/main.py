@@ -346,8 +346,16 @@ def train(
         Path, typer.Option("--output", "-o", help="Folder to make: the run, and the trained model.")
     ] = Path("run"),
     model: Annotated[
-        str, typer.Option(help="What to train further: a bundle, an open_clip model, or scratch:ViT-B-32.")
+        str,
+        typer.Option(
+            help="What to train further: a bundle or an open_clip model; or from random weights: scratch:ViT-B-32, "
+            "scratch:cnn-lstm (small)."
+        ),
     ] = "builtin",
+    word_vectors: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What scratch:cnn-lstm's words begin with: word2vec's or GloVe's vectors."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe (TOML) instead of PAIRS and the options below.")] = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with a run that was ended, and with nothing else.")
@@ -401,6 +409,7 @@ def train(
     if sum(map(bool, (pairs, config, resume))) != 1:
         raise typer.BadParameter("give PAIRS, or a recipe with --config, or a run to --resume")
     changes = {
+        "word_vectors": str(word_vectors.absolute()) if word_vectors else None,
         "epochs": epochs,
         "learning_rate": learning_rate,
         "batch_size": batch_size,

@@ -32,7 +32,7 @@ class WeightAverage:
         if not 0 <= decay < 1:
             raise DataError(f"the average's decay must be from 0 to less than 1, not {decay:g}")
         self.decay, self.updates = decay, 0
-        self._average = {name: _wide(value).clone() for name, value in _learnt(model).items()}
+        self._average = {name: _wide(value).clone() for name, value in learnt(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -43,7 +43,7 @@ class WeightAverage:
         """
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, value in _learnt(model, self._average).items():
+        for name, value in learnt(model, self._average).items():
             if value.is_floating_point():
                 self._average[name].lerp_(_wide(value), 1 - decay)
             else:
@@ -55,7 +55,7 @@ class WeightAverage:
 
         Not for steps or updates inside: they would be lost.
         """
-        live = _learnt(model, self._average)
+        live = learnt(model, self._average)
         own = {name: value.clone() for name, value in live.items()}
         _write(live, self._average)
         try:
@@ -183,12 +183,13 @@ def _reason(best: Try, allowed: list[Try], tries: list[Try], max_loss: float) ->
 # ---- state dicts -----------------------------------------------------------------------------------------------------
 
 
-def _learnt(model: nn.Module, names: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The model's own trained parameters and saved buffers, or those of these names."""
+def learnt(model: nn.Module, names: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The model's own trained parameters, each under one name, and saved buffers; or those of these names."""
     state = model.state_dict()  # detached, the same memory
     if names is None:
-        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        return {name: value for name, value in state.items() if name not in frozen}
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        other = {name for name, _ in model.named_parameters(remove_duplicate=False)} - trained
+        return {name: value for name, value in state.items() if name not in other}
     _check_same(names, {name: value for name, value in state.items() if name in names})
     return {name: state[name] for name in names}
 

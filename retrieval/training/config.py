@@ -15,10 +15,11 @@ from retrieval.encoders import Precision
 from retrieval.errors import DataError
 from retrieval.pairs import read_pairs
 from retrieval.training.amp import AMP
+from retrieval.training.classic import CLASSIC, CLASSIC_SETTINGS
 from retrieval.training.losses import OBJECTIVES
 from retrieval.training.parameters import check_what
 from retrieval.training.reading import MAY_LACK
-from retrieval.training.towers import IMAGE_TOWERS, TEXT_TOWERS
+from retrieval.training.towers import IMAGE_TOWERS, RANDOM_TOWERS, TEXT_TOWERS
 
 Settings = TypeVar("Settings")
 _MOST_RATE = 1e30  # beyond it AdamW's steps are no float32 any more; what diverges diverges long before
@@ -71,6 +72,10 @@ class Vocabulary:
     class_rows: int = 512  # a batch
     mixtures: int = 0  # a batch: 60 to 100 % of one class row, the rest another; named by the first
 
+    def sentences(self, label: str) -> tuple[str, ...]:
+        """A class's name in each template."""
+        return tuple(template.format(name=label.replace("_", " ")) for template in self.templates)
+
 
 @dataclass(frozen=True)
 class Lexicon:
@@ -83,9 +88,7 @@ class Lexicon:
     nouns: int = 256  # a batch, each with its definition: two short sentences, as much work as a caption or two
     related: float = 0.3  # weight of a noun finding the pictures of the classes that are next of kin
     defined: float = 0.3  # weight of a noun and its definition finding each other
-    unlike: float = (
-        0.5  # weight of a picture not being taken for one of the other nouns: without it, rare words are hubs
-    )
+    unlike: float = 0.5  # weight of a picture not being taken for other nouns: rare words become hubs without
 
     def __post_init__(self) -> None:
         if self.nouns < 2 or not all(0 <= weight < math.inf for weight in (self.related, self.defined, self.unlike)):
@@ -108,11 +111,13 @@ class TrainConfig:
     sources: tuple[Source, ...]
     data: str = ""  # folder that the paths are relative to
     name: str = "diptych-run"
-    model: str = ""  # bundle to train further; empty: begin from the towers' own packages
+    model: str = ""  # bundle to train further; empty: begin from the towers' own packages; `CLASSIC`: these two towers
     image_tower: str = "efficientnet-lite2"
     text_tower: str = "minilm-l6"
+    word_vectors: str = ""  # file that the LSTM's words begin with, relative to the data folder; empty: random
     image_size: int = 260  # what Lite2 was trained at
     context_length: int = 64  # tokens; captions have 13 on average, 5 % have more than 20
+    shared_trunk: bool = False  # one MLP and norm behind both projections; it ties what CLIP's two sides learn apart
     dim: int = 512  # a store of 100,000 photos is 100 MB
     precision: Precision = "fp16"  # of the stored weights; hit@k is that of fp32 to the last digit shown
     views: tuple[str, ...] = ("clean",)  # of each picture, one drawn at every visit
@@ -161,6 +166,7 @@ class TrainConfig:
     command: str = ""  # for the record in model.json: what was typed, DATA standing for the data folder
 
     def __post_init__(self) -> None:
+        self._check_start()
         towers = {
             "image_tower": tuple(IMAGE_TOWERS),
             "text_tower": tuple(TEXT_TOWERS),
@@ -190,6 +196,18 @@ class TrainConfig:
         rates = (self.learning_rate, self.image_tower_learning_rate, self.text_tower_learning_rate)
         if not all(0 <= rate <= _MOST_RATE for rate in rates):
             raise DataError(f"learning rates must be numbers from 0 to {_MOST_RATE:g}")
+
+    def _check_start(self) -> None:
+        if self.model == CLASSIC:
+            for name, value in (("model", ""), ("image_tower", "cnn"), ("text_tower", "lstm")):
+                object.__setattr__(self, name, value)  # else the two ways to say it would have to be told apart later
+        random = [] if self.model else [t for t in (self.image_tower, self.text_tower) if t in RANDOM_TOWERS]
+        if random and self.train == "heads":
+            raise DataError(f'the tower {random[0]} is random, and would stay so: set train = "all"')
+        if self.shared_trunk and self.model:
+            raise DataError("shared_trunk is for projections that begin anew: a model to train further has its own")
+        if self.word_vectors and "lstm" not in random:
+            raise DataError("word_vectors are for an LSTM that begins anew: set text_tower to lstm, and no model")
 
     def _check_sampling(self) -> None:
         if self.mine_every < 0 or (self.mine_every and self.hard_group == 1):
@@ -258,6 +276,8 @@ def _config(file: Path, settings: dict[str, Any], nested: dict[str, Any]) -> Tra
         nested["vocabulary"] = _settings(file, Vocabulary, settings.pop("vocabulary"))
     if "lexicon" in settings:
         nested["lexicon"] = _settings(file, Lexicon, settings.pop("lexicon"))
+    if settings.get("model") == CLASSIC:
+        settings = {**CLASSIC_SETTINGS, **settings}
     return _settings(file, TrainConfig, settings, nested)
 
 
@@ -290,12 +310,13 @@ def _listed(value: Any) -> list[Any]:
 
 
 def config_for(pairs: Sequence[Path], model: str) -> TrainConfig:
-    """Settings to train a bundle further on someone's own pairs."""
+    """Settings to train a bundle further, or the classic pair from scratch, on someone's own pairs."""
+    further = {"learning_rate": 3e-4}  # a third of that from scratch: the projections are good already
     return TrainConfig(
         sources=tuple(Source(str(path.absolute())) for path in pairs),
         model=model,
         command=f"diptych train {' '.join(path.name for path in pairs)} --model {model}",
-        learning_rate=3e-4,  # a third of that from scratch: the projections are good already
+        **(CLASSIC_SETTINGS if model == CLASSIC else further),
     )
 
 

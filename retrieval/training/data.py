@@ -228,11 +228,7 @@ class Data:
             return None
         file = Path(config.data) / settings.pairs
         records = read_for_training(file, note=self.note)
-        named = [
-            replace(record, texts=tuple(t.format(name=record.labels[0].replace("_", " ")) for t in settings.templates))
-            for record in records
-            if record.labels
-        ]
+        named = [replace(record, texts=settings.sentences(record.labels[0])) for record in records if record.labels]
         if not named:
             raise DataError(f"{settings.pairs} has no labels to take words from")
         readable, pairs = self._pairs(named, file.name)

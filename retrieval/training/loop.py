@@ -7,6 +7,7 @@ where the frozen run ended.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import platform
@@ -34,7 +35,7 @@ from retrieval.report import write_run_page
 from retrieval.training import distributed
 from retrieval.training.amp import LossScale
 from retrieval.training.auxiliary import Auxiliary, check_views
-from retrieval.training.averaging import Interpolation, WeightAverage, choose_interpolation, interpolated
+from retrieval.training.averaging import Interpolation, WeightAverage, choose_interpolation, interpolated, learnt
 from retrieval.training.averaging import Scores as Mixed
 from retrieval.training.config import TrainConfig
 from retrieval.training.data import Batch, Data, HeldOut, Pairs, Sampler, Towers, image_features
@@ -49,7 +50,7 @@ from retrieval.training.open_clip_models import SCRATCH, OpenClipEncoder
 from retrieval.training.parameters import clamp_scale, train_mode, trainable_groups
 from retrieval.training.pictures import TrainedTowers
 from retrieval.training.run import PAGE, Checkpoint, RunFolder, load_optimizer, optimizer_tensors
-from retrieval.training.towers import DualEncoder, read_lite2_weights
+from retrieval.training.towers import DualEncoder, EfficientNetLite, read_lite2_weights
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the new weights, where there is something not to be forgotten
 _SAME = 0.95  # cosine of two captions that say the same: their pictures are no hard negatives of each other
@@ -110,7 +111,7 @@ def _train(
     if not distributed.is_first():
         progress = note = None
     torch.manual_seed(config.seed)
-    start = start_model(config)
+    start = start_model(config, note)
     start.model.to(config.device)
     frozen = _frozen_sides(config, start)
     _check_fit(config, start)
@@ -125,6 +126,9 @@ def _train(
         teacher = load_encoder(config.teacher, device=device) if config.teacher else None
         start.model.eval()  # what is computed of the data now is of the pictures as they are
         data = Data(config, towers, progress, teacher, note)
+        if config.word_vectors:  # a part of what is learnt from: the words that it knows, each in its place
+            checksum = hashlib.sha256(start.tokenizer_json.encode()).hexdigest()
+            data.record.append({"word_vectors": Path(config.word_vectors).name, "checksum": checksum})
     distributed.check_alike(data.digest)
     if not config.model and isinstance(start.model, DualEncoder):
         _standardise(start.model, towers, data)
@@ -221,6 +225,9 @@ def _steps(run: _Run, folder: RunFolder, progress: Progress | None, note: Note |
 def _check_fit(config: TrainConfig, start: StartModel) -> None:
     """Refuse what only the built-in kind of towers can do, and what only towers that learn have a use for."""
     if isinstance(start.model, DualEncoder):
+        lite = isinstance(start.model.image.trunk, EfficientNetLite)
+        if config.vocabulary and config.vocabulary.class_rows and not lite:
+            raise DataError("a vocabulary's class_rows are rows of EfficientNet-Lite2's classifier: set it to 0")
         if config.train == "heads" and config.amp not in ("auto", "fp32"):
             raise DataError("amp is for towers that learn: projections alone, from cached features, learn in fp32")
         if config.train == "heads" and distributed.process_count() > 1:
@@ -406,7 +413,7 @@ class _Run:
 
     def state(self) -> dict[str, Tensor]:
         """All that a checkpoint has to hold, beside the step and numpy's random numbers."""
-        state = {f"model.{name}": value for name, value in self._learnt().items()}
+        state = {f"model.{name}": value for name, value in learnt(self.weights).items()}
         if self.average:
             state |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         state["data"] = self.data.digest
@@ -417,17 +424,12 @@ class _Run:
             state["random.cuda"] = torch.cuda.get_rng_state(self.config.device)
         return {**state, **self.loss_scale.state(), **optimizer_tensors(self.optimizer)}
 
-    def _learnt(self) -> dict[str, Tensor]:
-        """Everything but the weights that never change."""
-        frozen = {name for name, weight in self.weights.named_parameters() if not weight.requires_grad}
-        return {name: value for name, value in self.weights.state_dict().items() if name not in frozen}
-
     def restore(self, checkpoint: Checkpoint) -> None:
         """Be as at the moment of a checkpoint. DataError when it is of another run."""
         tensors = checkpoint.tensors
         try:
             weights = _under("model.", tensors)
-            if weights.keys() != self._learnt().keys():
+            if weights.keys() != learnt(self.weights).keys():
                 raise ValueError("it has other weights")
             self.weights.load_state_dict({**self.weights.state_dict(), **weights})
             if self.average:
@@ -435,7 +437,7 @@ class _Run:
             self.auxiliary.learnt.load_state_dict(_under("auxiliary.", tensors))
             load_optimizer(self.optimizer, tensors)
             if not torch.equal(tensors["data"], self.data.digest):
-                raise ValueError("pictures or captions are others than when it began")
+                raise ValueError("words, pictures or captions are others than when it began")
             self.sampler.restore(tensors)
             self.loss_scale.restore(tensors)
             torch.set_rng_state(tensors["random.cpu"])
@@ -500,7 +502,7 @@ def _write_bundle(
         precision=config.precision,
     )
     # What stands elsewhere in the record, or is nobody's business.
-    told = ("data", "sources", "unlabelled", "tests", "guard", "licence", "model", "teacher", "command")
+    told = ("data", "sources", "unlabelled", "word_vectors", "tests", "guard", "licence", "model", "teacher", "command")
     record = {
         "command": config.command,
         "data": data.record,

@@ -50,6 +50,7 @@ _PLANS = (
     _Plan(("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"), r"layer(\d+)\.", ("attnpool",)),  # ModifiedResNet
     _Plan(("trunk.conv_stem", "trunk.bn0"), r"trunk\.blocks\.(\d+)\.", ("trunk.conv_head", "trunk.bn1", "head")),
     _Plan(("trunk.tokens", "trunk.positions", "trunk.kind", "trunk.norm"), r"trunk\.layers\.(\d+)\.", ("head",)),
+    _Plan(("trunk.words",), r"trunk\.lstm\.(?:weight|bias)_[ih]h_l(\d+)$", ("head",)),
     _Plan(  # transformers' BERT and RoBERTa
         ("transformer.embeddings",), r"transformer\.encoder\.layer\.(\d+)\.", ("transformer.pooler", "proj")
     ),
@@ -108,7 +109,7 @@ class Trained:
 
     image: Count
     text: Count
-    other: Count  # temperature and bias; what has no part in the contrast, as CoCa's decoder
+    other: Count  # temperature and bias; what both towers share; what has no part in the contrast, as CoCa's decoder
     groups: tuple[TrainedGroup, ...]
 
     def lines(self) -> list[str]:
@@ -139,8 +140,8 @@ def trainable_groups(
         model: a :class:`DualEncoder`, open_clip's ``CLIP`` or ``CustomTextCLIP``, or what is built like one of them.
         what: ``all``: both towers; ``heads``: the projections alone; ``last-N``: the last N blocks of each tower and
             what stands behind them; ``image``, ``text``: one tower, the other locked with its head, so that vectors
-            already computed with it stay valid (LiT, Zhai et al. 2022, arXiv:2111.07991); ``lora``: the updates that
-            :func:`add_lora` added.
+            already computed with it stay valid (LiT, Zhai et al. 2022, arXiv:2111.07991), and with it what the two
+            share; ``lora``: the updates that :func:`add_lora` added.
         learning_rate: of the projections and the temperature, and of the rest where that has no own.
         weight_decay: of matrices, as AdamW has it.
         layer_decay: the rate falls by this factor with each step of depth (ELECTRA, Clark et al. 2020,
@@ -149,7 +150,8 @@ def trainable_groups(
         text_learning_rate: of the text tower without its projection.
 
     Returns:
-        Groups of at least one parameter each: the temperature, then each tower from its top to its stem.
+        Groups of at least one parameter each: the temperature, what both towers share, then each tower from its top to
+        its stem.
 
     Raises:
         DataError: an unknown ``what``, or a ``layer_decay`` outside (0, 1].
@@ -173,6 +175,10 @@ def trainable_groups(
 
     for weight in parts.temperature:
         add("temperature", weight, learning_rate, 0.0, None)
+    for weight in parts.shared if what not in ("image", "text", "lora") else ():
+        plain = weight.name in undecayed
+        name = "shared head, no decay" if plain else "shared head"
+        add(name, weight, learning_rate, 0.0 if plain else weight_decay, 0 if layer_decay < 1 else None)
     for tower, own_rate in ((parts.image, image_learning_rate), (parts.text, text_learning_rate)):
         rate = learning_rate if own_rate is None else own_rate
         head = {weight.name for weight in tower.head()}
@@ -207,6 +213,8 @@ def check_what(what: str) -> None:
 def tower_layers(model: nn.Module) -> tuple[Layer, ...]:
     """The layers of the image tower, then those of the text tower, each from the stem to the top.
 
+    What the two share, which is the top of both, is in neither.
+
     Raises:
         ModelError: the model has no two towers, or has parts whose order is not known.
     """
@@ -220,7 +228,7 @@ def summary(model: nn.Module, groups: Iterable[Group] = ()) -> Trained:
     return Trained(
         _count(parts.image.weights),
         _count(parts.text.weights),
-        _count([*parts.temperature, *parts.other]),
+        _count([*parts.temperature, *parts.shared, *parts.other]),
         tuple(
             TrainedGroup(
                 group["name"],
@@ -342,6 +350,7 @@ class _Parts:
     image: _Tower
     text: _Tower
     temperature: Sequence[_Weight]
+    shared: Sequence[_Weight]  # of both towers
     other: Sequence[_Weight]
 
     @property
@@ -354,10 +363,14 @@ def _parts(model: nn.Module) -> _Parts:
     apart = isinstance(getattr(model, "text", None), nn.Module)
     if image is None or not (apart or isinstance(getattr(model, "transformer", None), nn.Module)):
         raise ModelError(f"{type(model).__name__} has no image tower and text tower that can be told apart")
-    sorted_in: dict[str, list[_Weight]] = {"image": [], "text": [], "temperature": [], "other": []}
+    sorted_in: dict[str, list[_Weight]] = {"image": [], "text": [], "temperature": [], "shared": [], "other": []}
+    towers = [getattr(model, image), *([model.text] if apart else ())]
+    both = set.intersection(*({id(parameter) for parameter in tower.parameters()} for tower in towers)) if apart else ()
     for name, parameter in model.named_parameters():
         root, _, rest = name.partition(".")
-        if name in _TEMPERATURE:
+        if id(parameter) in both:
+            sorted_in["shared"].append(_Weight(name, rest, parameter))
+        elif name in _TEMPERATURE:
             sorted_in["temperature"].append(_Weight(name, name, parameter))
         elif root == image:
             sorted_in["image"].append(_Weight(name, rest, parameter))
@@ -369,6 +382,7 @@ def _parts(model: nn.Module) -> _Parts:
         _Tower("image", getattr(model, image), sorted_in["image"]),
         _Tower("text", model.text if apart else model, sorted_in["text"]),
         sorted_in["temperature"],
+        sorted_in["shared"],
         sorted_in["other"],
     )
 

@@ -19,6 +19,7 @@ from retrieval.embedding import Progress
 from retrieval.images import Preprocessing, read_photo
 from retrieval.pairs import Picture, Record
 from retrieval.training.amp import autocast
+from retrieval.training.classic import END, UNKNOWN
 from retrieval.training.open_clip_models import OpenClipEncoder
 from retrieval.training.recomputation import recomputed
 from retrieval.training.streaming import PictureRows, read_rows
@@ -59,6 +60,9 @@ class TrainedTowers:
         self.model, self.preprocessing, self.device = model, preprocessing, torch.device(device)
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
         self.context_length = context_length
+        unknown, end = (self.tokenizer.token_to_id(token) for token in (UNKNOWN, END))
+        # Where words are tokens, a hidden one is an unknown one, and the end is the last of the control tokens.
+        self.hidden = (_MASK, _FIRST_WORD) if unknown is None or end is None else (unknown, end + 1)
         self.part, self.word_dropout, self.trim, self.amp = part, word_dropout, trim, amp
         self.room = in_memory
         self.mean, self.std = (torch.tensor(v, device=device) for v in (preprocessing.mean, preprocessing.std))
@@ -114,16 +118,16 @@ class TrainedTowers:
     def text_features(self, sentences: Tensor) -> Tensor:
         """(B, L) int64 -> (B, G). In training some words are hidden; more than ``part`` go through in parts as well."""
         if self.model.training and self.word_dropout:
-            sentences = hide_words(sentences, self.word_dropout)
+            sentences = hide_words(sentences, self.word_dropout, *self.hidden)
         if not self.trim:
             return self._sentence_features(sentences)
         # Sentences of a length go together, without padding: captions are three times as long as names.
         length = (sentences != 0).sum(1)
         order = length.argsort(stable=True)
-        parts = torch.split(order, min(self.part, _ALIKE))
-        features = [
-            self._sentence_features(sentences[rows, : int(length[rows].max())], len(sentences)) for rows in parts
-        ]
+        features = []
+        for rows in torch.split(order, min(self.part, _ALIKE)):
+            longest = max(1, int(length[rows].max()))
+            features.append(self._sentence_features(sentences[rows, :longest], len(sentences)))
         return torch.cat(features)[order.argsort()]
 
     def _sentence_features(self, sentences: Tensor, batch: int = 0) -> Tensor:
@@ -164,8 +168,11 @@ def augment(pictures: Tensor) -> Tensor:
     return torch.lerp(grey.mean((2, 3), keepdim=True), x, contrast).clamp(0, 1)
 
 
-def hide_words(ids: Tensor, share: float) -> Tensor:
-    """(B, L) token ids with a share of the words of sentences replaced by [MASK]; short ones stay whole."""
+def hide_words(ids: Tensor, share: float, mask: int = _MASK, first: int = _FIRST_WORD) -> Tensor:
+    """(B, L) token ids with a share of the words, from ``first`` on, replaced by ``mask``; short sentences stay whole.
+
+    Without more said, the words are BERT's, and become [MASK].
+    """
     sentence = (ids != 0).sum(1, keepdim=True) > _FEW_TOKENS
-    hidden = (torch.rand(ids.shape, device=ids.device) < share) & (ids >= _FIRST_WORD) & sentence
-    return ids.masked_fill(hidden, _MASK)
+    hidden = (torch.rand(ids.shape, device=ids.device) < share) & (ids >= first) & sentence
+    return ids.masked_fill(hidden, mask)

@@ -7,13 +7,16 @@ can be read back and trained further without a second copy of its weights (:func
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retrieval.errors import MissingExtra
+from retrieval.training.classic import CNN, LSTM
 
 # (expansion, kernel, stride, output channels, repeats) of EfficientNet-B0 (Tan & Le 2019, arXiv:1905.11946, table 1).
 _BLOCKS = (
@@ -258,13 +261,16 @@ class ProjectionHead(nn.Module):
         return F.normalize(self.norm(x), dim=-1)  # (B, D)
 
 
+Trunk: TypeAlias = EfficientNetLite | CNN | MiniLM | LSTM
+
+
 class ProjectedTower(nn.Module):
     """A tower and the projection behind it."""
 
-    trunk: EfficientNetLite | MiniLM
+    trunk: Trunk
     head: ProjectionHead
 
-    def __init__(self, trunk: EfficientNetLite | MiniLM, dim: int) -> None:
+    def __init__(self, trunk: Trunk, dim: int) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = ProjectionHead(trunk.features, dim)
@@ -275,19 +281,34 @@ class ProjectedTower(nn.Module):
         return projected
 
 
-IMAGE_TOWERS = {"efficientnet-lite2": (EfficientNetLite, load_efficientnet_lite2)}
-TEXT_TOWERS = {"minilm-l6": (MiniLM, load_minilm)}
+# Each as a network, and as one to begin with.
+IMAGE_TOWERS: Mapping[str, tuple[Callable[[], Trunk], Callable[[], Trunk]]] = {
+    "efficientnet-lite2": (EfficientNetLite, load_efficientnet_lite2),
+    "cnn": (CNN, CNN),
+}
+TEXT_TOWERS: Mapping[str, tuple[Callable[..., Trunk], Callable[..., Trunk]]] = {
+    "minilm-l6": (MiniLM, load_minilm),
+    "lstm": (LSTM, LSTM),  # of its vocabulary
+}
+RANDOM_TOWERS = ("cnn", "lstm")  # begin with random weights
 
 
 class DualEncoder(nn.Module):
-    """Two projected towers, and the learned temperature between them."""
+    """Two projected towers, and the learned temperature between them.
+
+    With a ``shared_trunk`` the two are Siamese behind each one's linear projection (Bromley et al. 1993): one and the
+    same residual MLP and norm, which learn from both sides and stand under two names, ``image.head.`` and
+    ``text.head.``, in state dicts and graphs.
+    """
 
     image: ProjectedTower
     text: ProjectedTower
 
-    def __init__(self, image: EfficientNetLite, text: MiniLM, dim: int) -> None:
+    def __init__(self, image: Trunk, text: Trunk, dim: int, shared_trunk: bool = False) -> None:
         super().__init__()
         self.image, self.text = ProjectedTower(image, dim), ProjectedTower(text, dim)
+        if shared_trunk:
+            self.text.head.mlp, self.text.head.norm = self.image.head.mlp, self.image.head.norm
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(()))  # of the logits, for objectives that learn one
 

@@ -150,14 +150,14 @@ def settings(world, quick, folder, tmp_path):
     return replace(
         recipes.config_for([world.pairs], "builtin"),
         data=str(tmp_path),
-        vocabulary=recipes.Vocabulary("names.jsonl", ("a photo of a {name}.",), pictures=12, class_rows=0),
-        lexicon=recipes.Lexicon("wordnet", nouns=28, related=1.0),
+        vocabulary=recipes.Vocabulary("names.jsonl", ("a photo of a {name}.",), pictures=23, class_rows=0),
+        lexicon=recipes.Lexicon("wordnet", nouns=28, related=5.0),
         train="text",
         epochs=12,
         batch_size=40,
         part=512,
         learning_rate=1e-3,
-        text_tower_learning_rate=1e-3,
+        text_tower_learning_rate=5e-4,
         precision="fp32",
     )
 
@@ -175,6 +175,7 @@ def test_a_word_that_no_caption_has_finds_the_pictures_of_its_kin(settings, worl
     loop.train(settings, tmp_path / "run")
     loop.train(replace(settings, lexicon=replace(settings.lexicon, related=0.0)), tmp_path / "without")
     taught, untaught = margins(tmp_path / "run", settings, world), margins(tmp_path / "without", settings, world)
+    print(taught, untaught)
     print(taught, untaught)
     assert min(taught) > 0.1
     assert min(taught) > min(untaught) + 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,19 +13,24 @@ torch = pytest.importorskip("torch")
 
 from retrieval.bundle import Bundle  # noqa: E402
 from retrieval.encoders import find_bundle  # noqa: E402
-from retrieval.errors import ModelError  # noqa: E402
+from retrieval.errors import DataError, ModelError  # noqa: E402
 from retrieval.images import read_photo  # noqa: E402
 from retrieval.onnx_encoder import OnnxEncoder  # noqa: E402
-from retrieval.training.export import NormalisedTower  # noqa: E402
-from retrieval.training.models import start_from_bundle  # noqa: E402
+from retrieval.training import config, loop  # noqa: E402
+from retrieval.training.export import NormalisedTower, read_weights  # noqa: E402
+from retrieval.training.models import start_from_bundle, start_model  # noqa: E402
+from retrieval.training.parameters import summary, trainable_groups  # noqa: E402
 from retrieval.training.towers import (  # noqa: E402
     BertLayer,
+    DualEncoder,
+    EfficientNetLite,
     MiniLM,
     ProjectionHead,
     SameConv2d,
     load_efficientnet_lite2,
 )
 from tests.odd_photos import real_photos  # noqa: E402
+from tests.training.drawings import weights  # noqa: E402
 
 SENTENCES = ["a cat", "", "two dogs play in the snow, and a third one looks on from behind a fence", "word " * 300]
 
@@ -102,6 +108,125 @@ def test_a_bundle_that_cannot_be_read_or_has_other_towers_is_refused(tmp_path, s
     Bundle(tmp_path, "other", 4, preprocessing, 77, 1.0, source=source).save()
     with pytest.raises(ModelError, match=words):
         start_from_bundle(str(tmp_path))
+
+
+# ---- one trunk behind both projections -------------------------------------------------------------------------------
+
+SHARED = ("mlp.weight", "mlp.bias", "norm.weight", "norm.bias")
+
+
+def tied(model):
+    """Whether both heads hold the same parameters, and neither anything else of the other's."""
+    image, text = (dict(tower.head.named_parameters()) for tower in (model.image, model.text))
+    assert image.keys() == {*SHARED, "project.weight", "project.bias"} == text.keys()
+    return all((image[name] is text[name]) == (name in SHARED) for name in image)
+
+
+def siamese():
+    torch.manual_seed(0)
+    image, text = EfficientNetLite(0.2, 0.2), MiniLM(50, 24, 1, 3)
+    text.features = 24
+    return DualEncoder(image, text, 8, shared_trunk=True)
+
+
+def test_a_shared_trunk_learns_from_both_sides():
+    """Its gradient is the sum of those of two trunks with the same weights."""
+    one = siamese()
+    two = DualEncoder(one.image.trunk, one.text.trunk, 8)
+    two.load_state_dict(one.state_dict())
+    assert tied(one)
+    assert not any(a is b for a in two.image.parameters() for b in two.text.parameters())
+    features = torch.randn(4, 1280), torch.randn(4, 24)
+    for model in (one, two):
+        rows = model.image.head(features[0]), model.text.head(features[1])
+        (rows[0] @ rows[1].T).square().sum().backward()
+    for name in SHARED:
+        own, image, text = (
+            dict(head.named_parameters())[name].grad for head in (one.image.head, two.image.head, two.text.head)
+        )
+        assert image.abs().max() > 0
+        assert text.abs().max() > 0
+        torch.testing.assert_close(own, image + text)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+@pytest.mark.parametrize("what", ["all", "heads", "last-1", "image", "text"])
+def test_the_optimiser_sees_shared_weights_once_or_not_at_all(what, decay):
+    """Locked with either tower: or its vectors would be others."""
+    model = siamese()
+    groups = trainable_groups(model, what, learning_rate=0.1, weight_decay=0.2, layer_decay=decay)
+    shared = [parameter for name in SHARED for parameter in [model.image.head.get_parameter(name)]]
+    times = [sum(p is parameter for group in groups for p in group["params"]) for parameter in shared]
+    learns = what not in ("image", "text")
+    assert times == [learns] * 4
+    assert [parameter.requires_grad for parameter in shared] == [learns] * 4
+    found = {group["name"]: group for group in groups if group["name"].startswith("shared")}
+    assert found.keys() == ({"shared head", "shared head, no decay"} if learns else set())
+    for name, group in found.items():
+        assert (group["lr"], group["weight_decay"]) == (0.1, 0.0 if "no decay" in name else 0.2)
+        assert group["depth"] == (None if decay == 1 else 0)
+    counted = summary(model, groups)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == sum(side.trained + side.frozen for side in (counted.image, counted.text, counted.other))
+    torch.optim.AdamW([dict(group) for group in groups])  # which refuses a parameter that is in two groups
+    if not learns:  # the locked side's vectors stay, whatever the other learns
+        locked = model.text if what == "image" else model.image
+        assert not any(parameter.requires_grad for parameter in locked.parameters())
+
+
+def test_a_shared_trunk_stays_one_through_kill_average_and_reload(toy, tmp_path, ended_after, monkeypatch):
+    kept = []
+    monkeypatch.setattr(loop, "start_model", lambda *given: kept.append(start_model(*given)) or kept[-1])
+    toy = replace(toy, shared_trunk=True, ema=0.5, checkpoint_seconds=0.0)
+    loop.train(toy, tmp_path / "whole")
+    image, text = (read_weights(tmp_path / "whole" / name) for name in ("image.onnx", "text.onnx"))
+    for name in SHARED:
+        assert torch.equal(image[f"head.{name}"], text[f"head.{name}"])
+
+    bundle = Bundle.load(tmp_path / "whole")
+    assert bundle.source["shared_trunk"] is True
+    before = start_from_bundle(str(bundle.path)).model.eval()
+    with torch.inference_mode():
+        ids = torch.tensor([[1000, 1001, 1002]])
+        session = OnnxEncoder(bundle)._text_session
+        np.testing.assert_allclose(session.run(None, {"ids": ids.numpy()})[0], before.text(ids), atol=1e-5)
+
+    # Trained further, its weights mixed with those of the start in the end.
+    further = replace(
+        toy, model=str(bundle.path), shared_trunk=False, guard=(config.Test("toy.jsonl", "val"),), max_loss=1.0
+    )
+    loop.train(replace(further, interpolate=(0.5,)), tmp_path / "further")
+    again = Bundle.load(tmp_path / "further")
+    assert again.source == bundle.source
+    after = start_from_bundle(str(again.path)).model
+
+    ended_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(toy, tmp_path / "ended")
+    torch.manual_seed(99)
+    loop.resume(tmp_path / "ended")
+    assert weights(tmp_path / "ended") == weights(tmp_path / "whole")
+    assert len(kept) == 4
+    assert all(tied(model) for model in (before, after, *(start.model for start in kept)))
+
+
+def test_a_bundle_whose_shared_trunk_differs_is_refused(toy, tmp_path):
+    loop.train(replace(toy, epochs=1), tmp_path / "apart")  # each side learns its own
+    bundle = Bundle.load(tmp_path / "apart")
+    assert not tied(start_from_bundle(str(bundle.path)).model)
+    replace(bundle, source={**bundle.source, "shared_trunk": True}).save()
+    with pytest.raises(ModelError, match="its shared trunk is not the same in both graphs"):
+        start_from_bundle(str(bundle.path))
+    with pytest.raises(DataError, match="a model to train further has its own"):
+        replace(toy, model="builtin", shared_trunk=True)
+
+
+def test_frozen_towers_and_a_shared_trunk(world, tmp_path):
+    """From cached features: what a recipe with the packaged towers does."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'shared_trunk = true\nepochs = 3\n[[sources]]\npairs = "{world.pairs}"\n')
+    loop.train(config.load_config(recipe), tmp_path / "run")
+    assert tied(start_from_bundle(str(tmp_path / "run")).model)
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
