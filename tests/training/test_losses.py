@@ -648,3 +648,38 @@ def test_the_others_stay_in_float32_under_autocast():
             cast = loss(first, second, third, fourth)
         assert cast.dtype == torch.float32
         assert float(cast) == pytest.approx(float(loss(*exact)), rel=1e-5)
+
+
+# ---- nouns -----------------------------------------------------------------------------------------------------------
+
+
+def test_soft_targets_equal_a_loop_and_are_infonce_s_one_way_for_hard_ones():
+    rows, columns = unit(3, 4, 0, True), unit(5, 4, 1, True)
+    targets = torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    targets = targets / targets.sum(1, keepdim=True)
+    expected = []
+    for row, shares in zip(rows.tolist(), targets.tolist(), strict=True):
+        logits = [7 * dot(row, column) for column in columns.tolist()]
+        total = math.log(math.fsum(map(math.exp, logits)))
+        expected.append(-math.fsum(share * (one - total) for share, one in zip(shares, logits, strict=True)))
+    assert float(losses.soft_targets(rows, columns, targets, 7.0)) == pytest.approx(mean(expected))
+    assert torch.autograd.gradcheck(
+        lambda x, y, s: losses.soft_targets(x, y, targets, s), (rows, columns, scalar(3.0, True))
+    )
+    square = unit(3, 4, 3)
+    both = losses.soft_targets(rows, square, torch.eye(3), 7.0) + losses.soft_targets(square, rows, torch.eye(3), 7.0)
+    assert float(both / 2) == pytest.approx(float(info_nce(rows, square, scalar(7.0))))
+
+
+def test_told_apart_equals_a_loop():
+    images, texts, others = unit(3, 4, 0, True), unit(3, 4, 1, True), unit(5, 4, 2, True)
+    wrong = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    expected = []
+    for image, text, row in zip(images.tolist(), texts.tolist(), wrong.tolist(), strict=True):
+        own = 7 * dot(image, text)
+        against = [7 * dot(image, other) for other, is_wrong in zip(others.tolist(), row, strict=True) if is_wrong]
+        expected.append(math.log(math.fsum(map(math.exp, [own, *against]))) - own)
+    assert expected[1] == pytest.approx(0)  # nothing is wrong for it
+    assert float(losses.told_apart(images, texts, others, wrong, 7.0)) == pytest.approx(mean(expected))
+    inputs = (images, texts, others, scalar(3.0, True))
+    assert torch.autograd.gradcheck(lambda i, t, o, s: losses.told_apart(i, t, o, wrong, s), inputs)
