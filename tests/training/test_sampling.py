@@ -157,7 +157,7 @@ def test_what_is_rare_is_found_as_often_as_what_is_not():
         source = Pairs([pictures], texts, np.arange(len(texts) + 1), 1, None, balance=balance, classes=classes)
         config = replace(recipes.config_for([Path("x")], ""), epochs=15, batch_size=32)
         optimizer = torch.optim.Adam([*image.parameters(), *text.parameters()], 1e-2)
-        for batch in Sampler(config, SimpleNamespace(sources=[source], vocabulary=None)).batches(0):
+        for batch in Sampler(config, SimpleNamespace(sources=[source], vocabulary=None, nouns=None)).batches(0):
             images, said = (F.normalize(side, dim=1) for side in (image(batch.pictures), text(batch.sentences)))
             loss = info_nce(images[batch.shown], said, 10.0, batch.owner)
             optimizer.zero_grad()
