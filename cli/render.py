@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from retrieval.evaluation import Comparison, Evaluation
-    from retrieval.library import IndexReport, Library, Match, Term
+    from retrieval.indexing import IndexReport
+    from retrieval.library import Library, Match, Term
 
 _SHOWN_FAILURES = 20
 

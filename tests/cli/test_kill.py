@@ -30,10 +30,10 @@ QUICK = """
 import sys, time
 from pathlib import Path
 from indexes import writer
-from retrieval import library
+from retrieval import indexing
 from retrieval.library import Library
 from tests.fakes import ColourEncoder
-writer._BUFFERED, library._BATCH = 10, 4
+writer._BUFFERED, indexing._BATCH = 10, 4
 
 class Slow(ColourEncoder):
     def encode_images(self, images):

@@ -1,0 +1,96 @@
+"""What every command shares: the app, options of the same name, exit codes, and how an index is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import render
+from indexes.errors import StoreNotFound
+
+if TYPE_CHECKING:
+    from retrieval.library import Library
+
+USER_ERROR, WITH_FAILURES, INTERRUPTED = 1, 3, 130  # 0 is success, 2 is typer's for wrong usage
+
+app = typer.Typer(
+    name="diptych",
+    help="Make a folder of photos searchable by sentence, measure the retriever, train a better one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models_app = typer.Typer(help="List, import and export models.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+IndexOption = Annotated[
+    Path | None, typer.Option("--index", help="The index itself, where it does not lie in FOLDER/.diptych.")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="builtin, an imported name, a bundle's folder, or open_clip's NAME/PRETRAINED, hf-hub:…, local-dir:….",
+    ),
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …; bundles run on the CPU.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads of the model; default: all this process may use.")
+]
+PreprocessOption = Annotated[
+    str | None,
+    typer.Option(help="Only for a bare checkpoint: the open_clip tag it was trained like, or a JSON file."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
+LOCK_SECONDS = 2.0  # that a command waits for another one's writing
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"diptych {version('diptych')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def open_library(folder: Path, index: Path | None, model: str | None, **loading: Any) -> Library:
+    """Open the index that covers a folder; `loading` is what `load_encoder` takes. Raises what Library.open does."""
+    from retrieval.encoders import load_encoder
+    from retrieval.errors import UsageError
+    from retrieval.library import Library
+
+    if not folder.expanduser().is_dir():
+        raise UsageError(f"{folder} is not a folder" if folder.exists() else f"there is no folder {folder}")
+    encoder = load_encoder(model, **loading) if model else None
+    return Library.open(folder, index=index, encoder=encoder, **loading)
+
+
+def open_or_create(folder: Path, index: Path | None, model: str | None, **loading: Any) -> tuple[Library, bool]:
+    """Open the index that covers a folder, or make one; whether it was made."""
+    from retrieval.encoders import BUILTIN
+    from retrieval.library import Library
+
+    try:
+        return open_library(folder, index, model, **loading), False
+    except StoreNotFound:
+        return Library.create(folder, index=index, model=model or BUILTIN, **loading), True
+
+
+def show_page(page: Path, in_browser: bool) -> None:
+    """Open a page in the browser, or say that it was written."""
+    if in_browser:
+        typer.launch(page.absolute().as_uri())
+    else:
+        render.note(f"wrote {page}")

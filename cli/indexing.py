@@ -1,0 +1,159 @@
+"""index, search, info: a folder of photos and its index."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli import render
+from cli.app import (
+    LOCK_SECONDS,
+    USER_ERROR,
+    WITH_FAILURES,
+    DeviceOption,
+    IndexOption,
+    JsonOption,
+    ModelOption,
+    PreprocessOption,
+    ThreadsOption,
+    app,
+    open_library,
+    open_or_create,
+    show_page,
+)
+from indexes.errors import DiptychError, StoreError
+
+if TYPE_CHECKING:
+    from retrieval.library import Library, Term
+
+
+@app.command()
+def index(
+    folder: Annotated[Path, typer.Argument(help="The folder of photos.")] = Path(),
+    index: IndexOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    preprocess: PreprocessOption = None,
+    max_megapixels: Annotated[
+        float | None, typer.Option(min=0.01, help="Larger pictures count as failures.", show_default="128")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Embed a folder of photos, once; later runs take in only what was added, changed, renamed or deleted."""
+    from retrieval.images import MAX_PIXELS
+
+    max_pixels = MAX_PIXELS if max_megapixels is None else int(max_megapixels * 1e6)
+    library, created = open_or_create(folder, index, model, device=device, threads=threads, preprocess=preprocess)
+    below = library.below(folder)
+    if below:
+        render.note(f"{folder} belongs to the index of {library.root}: taking in this part of it")
+    with render.progress("indexing", "images") as advance:
+        report = library.index(below, progress=advance, max_pixels=max_pixels, wait=LOCK_SECONDS)
+    failures = [{"path": str(library.root / f.path), "reason": f.reason} for f in report.failures]
+    if json:
+        render.json_out({**asdict(report), "failures": failures})
+    else:
+        render.index_report(report, library, created)
+    if report.failures:
+        raise typer.Exit(WITH_FAILURES)
+
+
+@app.command()
+def search(
+    query: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="QUERY...", help='What the picture shows; several are added up, "2:word" counts twice.'),
+    ] = None,
+    like: Annotated[list[Path] | None, typer.Option("--like", help="A picture to search with.")] = None,
+    avoid: Annotated[list[str] | None, typer.Option("--not", help="What the picture should not show.")] = None,
+    top: Annotated[int, typer.Option("--top", "-t", min=1, help="How many results.")] = 10,
+    threshold: Annotated[float, typer.Option(help="Only pictures with at least this score (a cosine).")] = -1.0,
+    folder: Annotated[Path, typer.Option("--folder", "-C", help="Search as if started in this folder.")] = Path(),
+    all_: Annotated[
+        bool, typer.Option("--all", help="The whole index, not only this folder and those below it.")
+    ] = False,
+    filepath_only: Annotated[bool, typer.Option("--filepath-only", "-f", help="One path a line.")] = False,
+    no_indexing: Annotated[bool, typer.Option("--no-indexing", "-n", help="Do not look for new photos first.")] = False,
+    json: JsonOption = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the pictures found.")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show the pictures found in the browser.")] = False,
+    index: IndexOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    preprocess: PreprocessOption = None,
+) -> None:
+    """Find photos by sentence, by example, or both. Scores are cosines."""
+    if math.isnan(threshold):
+        raise typer.BadParameter("it must be a number", param_hint="--threshold")
+    terms = _terms(query or [], like or [], avoid or [])
+    library = open_library(folder, index, model, device=device, threads=threads, preprocess=preprocess)
+    if not no_indexing:
+        _catch_up(library)
+    below = "" if all_ else library.below(folder)
+    matches = library.search(terms, top, below=below, threshold=threshold)
+    if html or open_:
+        from retrieval.report import write_results_page
+
+        show_page(write_results_page([(render.describe(terms), matches)], html), open_)
+    if json:
+        render.json_out([render.match_fields(match) for match in matches])
+    elif filepath_only:
+        render.paths(matches)
+    elif not html and not open_:
+        render.matches(matches)
+    if not matches and not json:
+        render.note("nothing found" + ("" if len(library.store) else f": {library.root} has no pictures in its index"))
+
+
+@app.command()
+def info(
+    folder: Annotated[Path, typer.Argument(help="A folder covered by an index.")] = Path(),
+    index: IndexOption = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Recompute every checksum, of the index and of its model.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Show what an index holds and what it was made with."""
+    from retrieval.library import Library, describe
+
+    library = Library.open(folder, index=index)
+    facts = describe(library)
+    problems = library.check() if check else None
+    if json:
+        render.json_out({**facts, **({} if problems is None else {"problems": problems})})
+    else:
+        render.facts(facts)
+        if problems is not None:
+            render.problems(problems)
+    if problems:
+        raise typer.Exit(USER_ERROR)
+
+
+def _terms(query: list[str], like: list[Path], avoid: list[str]) -> list[Term]:
+    from retrieval.errors import UsageError
+    from retrieval.library import Term
+
+    terms = [Term.parse(text) for text in query]
+    terms += [Term(image=path) for path in like]
+    if not terms:
+        raise UsageError('the query is empty: say what the picture shows, as in  diptych search "a dog in the snow"')
+    return terms + [Term.parse(text, sign=-1.0) for text in avoid]
+
+
+def _catch_up(library: Library) -> None:
+    """Take in what changed if that is quick; say so when it is not. Never a reason to answer nothing."""
+    try:
+        with render.progress("indexing", "images") as advance:
+            left = library.catch_up(advance)
+    except (StoreError, DiptychError) as error:
+        render.note(f"searching the index as it is: {error}")
+        return
+    if left:
+        render.note(f"{left:,} files have changed since the last run: take them in with  diptych index {library.root}")

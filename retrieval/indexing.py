@@ -1,0 +1,233 @@
+"""One index run: what changed in a folder since the last one, and taking it in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from indexes.store import Failure, Row, Writer
+from retrieval.errors import ImageError, UsageError
+from retrieval.folder import ScannedFile, scan
+from retrieval.images import MAX_BYTES, Photo, os_reason, read_photo
+from retrieval.pipeline import map_ahead
+
+if TYPE_CHECKING:
+    from retrieval.library import Library
+
+_BATCH = 16
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """What one run did, in files. ``failures`` are all that the store still holds of the folder, old ones too.
+
+    ``embedded`` counts the pictures that the model had to look at, ``skipped`` those that were as before.
+    """
+
+    added: int = 0
+    changed: int = 0
+    renamed: int = 0
+    deleted: int = 0
+    embedded: int = 0
+    skipped: int = 0
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass
+class Plan:
+    """A scan set against the store: what there is to do."""
+
+    todo: list[ScannedFile] = field(default_factory=list)  # new, or changed by size or time
+    unchanged: int = 0
+    known: dict[str, tuple[int, str]] = field(default_factory=dict)  # path -> (id, hash) of todo files seen before
+    missing: dict[str, tuple[int, str]] = field(default_factory=dict)  # path -> (id, hash) of rows without a file
+    forgotten: list[str] = field(default_factory=list)  # failures whose file is gone
+    unreadable: list[Failure] = field(default_factory=list)  # folders that could not be listed
+
+    @property
+    def pending(self) -> int:
+        """How many files a run would touch."""
+        return len(self.todo) + len(self.missing)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What a thread made of one file: its hash, and the prepared picture unless its vector is known already."""
+
+    hash: str
+    photo: Photo | None
+
+
+def make_plan(library: Library, below: str) -> Plan:
+    """Look at names, sizes and times of a folder, and set them against the store. Raises UsageError."""
+    folder = library.root / below
+    if not folder.is_dir():
+        raise UsageError(f"the indexed folder {folder} is not there: is a drive not mounted?")
+    library.store.refresh()
+    plan = Plan()
+
+    def unreadable(path: str, reason: str) -> None:
+        plan.unreadable.append(Failure(path, reason, datetime.now(timezone.utc), 0, 0))
+
+    rows = library.store.rows()
+    columns = (rows[name].to_pylist() for name in ("id", "size", "mtime_ns", "hash"))
+    stored = dict(zip(library.store.paths(), zip(*columns, strict=True), strict=True))
+    failed = {failure.path: failure for failure in library.store.failures()}
+    seen: set[str] = set()
+    for file in scan(library.root, below, on_error=unreadable):
+        seen.add(file.path)
+        if file.path in stored:
+            row_id, size, mtime_ns, content = stored[file.path]
+            if (size, mtime_ns) == (file.size, file.mtime_ns):
+                plan.unchanged += 1
+                continue
+            plan.known[file.path] = (row_id, content)
+        elif file.path in failed and _same_file(failed[file.path], file):
+            continue
+        plan.todo.append(file)
+    refused = {failure.path for failure in plan.unreadable}  # what lies in there is not gone, only unseen
+    closed = tuple(path + "/" for path in refused)
+    scope = below + "/" if below else ""
+
+    def gone(path: str) -> bool:
+        return path.startswith(scope) and path not in seen and path not in refused and not path.startswith(closed)
+
+    plan.missing = {path: (row[0], row[3]) for path, row in stored.items() if gone(path)}
+    plan.forgotten = [path for path in failed if gone(path)]
+    return plan
+
+
+class Run:
+    """One index run: files in, committed rows out."""
+
+    def __init__(
+        self, library: Library, writer: Writer, plan: Plan, max_pixels: int, progress: Progress | None
+    ) -> None:
+        self.library, self.writer, self.plan = library, writer, plan
+        self.max_pixels, self.progress = max_pixels, progress
+        self.counts = dict.fromkeys(("added", "changed", "renamed", "deleted", "embedded"), 0)
+        self.failed = {failure.path for failure in library.store.failures()}
+        self.movable: dict[str, list[str]] = defaultdict(list)  # content hash -> paths that are gone
+        for path, (_, content) in plan.missing.items():
+            self.movable[content].append(path)
+        self.batch: list[tuple[Row, Image.Image]] = []
+        if plan.todo:
+            self.preprocessing = library.encoder.preprocessing  # loaded here, not by every thread at once
+
+    def finish(self) -> dict[str, int]:
+        """Do it; the counts of the report."""
+        try:
+            for path in self.plan.forgotten:
+                self.writer.forgive(path)
+            for failure in self.plan.unreadable:
+                self.writer.fail(failure)
+            for done, (file, read) in enumerate(map_ahead(self._read, self.plan.todo), 1):
+                self._take(file, read)
+                if self.progress:
+                    self.progress(done, len(self.plan.todo))
+        finally:
+            self._embed()
+        for row_id, _ in self.plan.missing.values():
+            self.writer.remove(row_id)
+            self.counts["deleted"] += 1
+        return self.counts
+
+    def _read(self, file: ScannedFile, reuse: bool = True) -> _Read | ImageError | None:
+        """In a thread. ``reuse``: do not decode what the store holds already. None: the file vanished."""
+        path = self.library.root / file.path
+        if file.size > MAX_BYTES:
+            return ImageError(f"{file.size / 2**20:,.0f} MB, more than the limit of {MAX_BYTES // 2**20:,} MB")
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return ImageError(os_reason(error))
+        content = hashlib.sha256(data).hexdigest()
+        if reuse and (content in self.movable or content == self._old_hash(file)):
+            return _Read(content, None)
+        try:
+            photo = read_photo(data, self.max_pixels)
+        except ImageError as error:
+            return error
+        small = self.preprocessing.fit(photo.image)  # the full picture is not kept while it waits its turn
+        return _Read(content, replace(photo, image=small))
+
+    def _old_hash(self, file: ScannedFile) -> str | None:
+        known = self.plan.known.get(file.path)
+        return known[1] if known else None
+
+    def _take(self, file: ScannedFile, read: _Read | ImageError | None) -> None:
+        old = self.plan.known.get(file.path)
+        if isinstance(read, _Read):
+            if file.path in self.failed:
+                self.writer.forgive(file.path)
+            self._keep(file, read, old)
+            return
+        if old is not None:  # what is stored is the vector of a picture that is not there any more
+            self.writer.remove(old[0])
+            self.counts["deleted"] += read is None
+        if read is not None:
+            now = datetime.now(timezone.utc)
+            self.writer.fail(Failure(file.path, str(read), now, file.size, file.mtime_ns))
+
+    def _keep(self, file: ScannedFile, read: _Read, old: tuple[int, str] | None) -> None:
+        if read.photo is not None:
+            self.batch.append((_row(file, read.hash, read.photo), read.photo.image))
+            if len(self.batch) == _BATCH:
+                self._embed()
+        elif old is not None and old[1] == read.hash:  # only touched
+            self._move(old[0], file)
+            self.counts["changed"] += 1
+        elif self.movable[read.hash]:
+            source = self.movable[read.hash].pop()
+            if old is not None:  # renamed over another file
+                self.writer.remove(old[0])
+            self._move(self.plan.missing.pop(source)[0], file)
+            self.counts["renamed"] += 1
+        else:  # one more copy of something renamed: its stored vector has gone with the first
+            self._take(file, self._read(file, reuse=False))
+
+    def _move(self, row_id: int, file: ScannedFile) -> None:
+        """The stored row under another name or time: same content, same vector."""
+        row = self.library.store.row(row_id)
+        self.writer.replace(row_id, replace(row, path=file.path, size=file.size, mtime_ns=file.mtime_ns))
+
+    def _embed(self) -> None:
+        if not self.batch:
+            return
+        vectors = self.library.encoder.encode_images([image for _, image in self.batch])
+        for (row, _), vector in zip(self.batch, vectors, strict=True):
+            old = self.plan.known.get(row.path)
+            if old is None:
+                self.writer.add(row, vector)
+            else:
+                self.writer.replace(old[0], row, vector)
+            self.counts["added" if old is None else "changed"] += 1
+            self.counts["embedded"] += 1
+        self.batch = []
+
+
+def _row(file: ScannedFile, content: str, photo: Photo) -> Row:
+    return Row(
+        path=file.path,
+        size=file.size,
+        mtime_ns=file.mtime_ns,
+        hash=content,
+        width=photo.width,
+        height=photo.height,
+        taken_at=photo.taken_at,
+        latitude=photo.latitude,
+        longitude=photo.longitude,
+    )
+
+
+def _same_file(failure: Failure, file: ScannedFile) -> bool:
+    return (failure.size, failure.mtime_ns) == (file.size, file.mtime_ns)
