@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,17 +39,53 @@ class SegmentRef:
 
 
 @dataclass(frozen=True)
-class AnnRef:
-    """The FAISS index that was asked for: its factory string, and what the file beside the manifest covers.
+class Wanted:
+    """Which FAISS index a store is to have: a factory string, "exact" for none at all, or None to choose one.
 
-    It covers all rows of the first ``segments`` segments, deleted ones too: row i of it is the i-th of them. Zero
-    segments: the rows it was built from have been rewritten since, and the file does not count until it is built anew.
+    A chosen kind takes at most ``memory`` bytes, and finds at least the share ``recall`` of the ten nearest rows.
+    """
+
+    factory: str | None = None
+    memory: int = 4 << 30
+    recall: float = 0.95
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the FAISS index was measured to do when it was built, against exact search over the same rows.
+
+    Attributes:
+        recall: share of the ten nearest rows that are found, by the kind of query (text, stored rows, …).
+        queries: how many queries of each kind.
+        p50_ms: median time of one query with its scoring anew, in milliseconds.
+        p99_ms: 99th percentile.
+        bytes: size of the FAISS file.
+
+    """
+
+    recall: dict[str, float]
+    queries: dict[str, int]
+    p50_ms: float
+    p99_ms: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class AnnRef:
+    """The FAISS file: its factory string, what it covers, and how it is searched.
+
+    It covers all rows of the first ``segments`` segments, deleted ones too: row i of it is the i-th of them. Its
+    ``refine`` · k best candidates are scored anew to find k rows; ``effort`` is nprobe or efSearch, 0 where the kind
+    has neither.
     """
 
     factory: str
-    segments: int = 0
-    rows: int = 0
-    sha256: str = ""
+    segments: int
+    rows: int
+    sha256: str
+    refine: int = 1
+    effort: int = 0
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +99,7 @@ class Manifest:
     segments: tuple[SegmentRef, ...] = ()  # in the order of their ids
     tombstones: tuple[int, ...] = ()  # ids of deleted rows that are still in a segment
     ann: AnnRef | None = None
+    wanted: Wanted = field(default_factory=Wanted)
     failures: int = 0
 
     @property
@@ -119,7 +156,8 @@ def _parsed(fields: dict[str, Any]) -> Manifest:
         next_id=fields["next_id"],
         segments=tuple(SegmentRef(**segment) for segment in fields["segments"]),
         tombstones=tuple(fields["tombstones"]),
-        ann=AnnRef(**fields["ann"]) if fields["ann"] else None,
+        ann=_ann(fields["ann"]) if fields["ann"] else None,
+        wanted=Wanted(**fields.get("wanted", {})),
         failures=fields["counts"]["failures"],
     )
     numbers = [manifest.model.dim, manifest.generation, manifest.next_id, manifest.failures, *manifest.tombstones]
@@ -133,6 +171,11 @@ def _parsed(fields: dict[str, Any]) -> Manifest:
     if manifest.ann and manifest.ann.rows != sum(s.rows for s in manifest.segments[: manifest.ann.segments]):
         raise ValueError("its parts contradict each other")
     return manifest
+
+
+def _ann(fields: dict[str, Any]) -> AnnRef:
+    measured = fields.get("measured")
+    return AnnRef(**{**fields, "measured": Measured(**measured) if measured else None})
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from indexes.vectors import Vectors
 
 FAILURES = "failures.parquet"
 _GROUP = 2048  # rows read at a time when a few are wanted: 2 MB of embeddings at 512 dimensions
+_ONE_PAGE = {b"diptych.embedding": b"one page for each row group"}
 _ESCAPE = "surrogatepass" if os.name == "nt" else "surrogateescape"  # as Python itself reads file names
 
 _NAME = [pa.field("path", pa.string(), nullable=False), pa.field("path_bytes", pa.binary())]
@@ -161,8 +163,10 @@ def write_segment(file: Path, tables: Iterable[pa.Table], dim: int) -> SegmentRe
             compression={**dict.fromkeys(columns, "zstd"), "embedding.list.element": "none"},
             use_dictionary=["kind"],
             write_statistics=["id"],
+            data_page_size=1 << 30,  # one page for each row group: its embeddings lie in one piece, see Segment.halves
         ) as writer,
     ):
+        writer.add_key_value_metadata(_ONE_PAGE)
         for table in _regrouped(tables):
             writer.write_table(table.cast(schema), row_group_size=_GROUP)
             rows += len(table)
@@ -182,9 +186,17 @@ class Segment:
     """
 
     def __init__(self, file: Path, rows: int, dim: int) -> None:
-        """Open the file. Raises OSError."""
+        """Open and map the file. Raises OSError."""
         self.file, self.rows, self._dim = file, rows, dim
         self._stream = pa.OSFile(os.fsencode(file))  # bytes: Arrow takes no names with surrogate escapes
+        self._opened = file.open("rb")
+        self._size = os.fstat(self._opened.fileno()).st_size
+        self._map = mmap.mmap(self._opened.fileno(), 0, access=mmap.ACCESS_READ) if self._size else b""
+
+    def __del__(self) -> None:
+        """Close the file; what was mapped stays as long as somebody looks at it."""
+        if hasattr(self, "_opened"):
+            self._opened.close()
 
     @functools.cached_property
     def _metadata(self) -> Any:
@@ -215,11 +227,46 @@ class Segment:
             return self._open().read_row_group(i)
 
     def halves(self, i: int) -> NDArray[np.float16]:
-        """Read the embeddings of one row group as stored: (n, D) float16."""
+        """The embeddings of one row group as stored: (n, D) float16, a view of the mapped file."""
         with _reading(self.file):
-            column = self._open().read_row_group(i, columns=["embedding"], use_threads=False)["embedding"]
-            parts = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, self._dim) for chunk in column.chunks]
-            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            data, offsets = self._located()
+            rows = int(self.group_starts[i + 1] - self.group_starts[i])
+            return np.frombuffer(data, np.float16, rows * self._dim, int(offsets[i])).reshape(rows, self._dim)
+
+    def take(self, rows: NDArray[np.int64]) -> Vectors:
+        """The embeddings of some rows, in any order, as unit rows (n, D). Only their pages of the disk are read."""
+        with _reading(self.file):
+            data, offsets = self._located()
+            group = np.searchsorted(self.group_starts, rows, side="right") - 1
+            width = 2 * self._dim  # bytes
+            at = offsets[group] + (rows - self.group_starts[group]) * width
+            # Every place of the file as the beginning of a row, so that one indexing copies them all.
+            places = np.ndarray((max(0, len(data) - width + 1),), np.dtype((np.void, width)), data, strides=(1,))
+            halves = places[at].view(np.float16).reshape(len(rows), self._dim)
+        return unit_rows(halves, self.file)
+
+    def _located(self) -> tuple[Any, NDArray[np.int64]]:
+        """`_embeddings`, unless the file was cut short since: touching what is not there any more kills the process."""
+        if os.fstat(self._opened.fileno()).st_size != self._size:
+            raise ValueError("its size has changed")
+        return self._embeddings
+
+    @functools.cached_property
+    def _embeddings(self) -> tuple[Any, NDArray[np.int64]]:
+        """The bytes that hold the embeddings, and where in them those of each row group begin.
+
+        Parquet keeps a page of values that are never null, neither compressed nor in a dictionary, as one array at the
+        end of the page (https://parquet.apache.org/docs/file-format/data-pages/).
+        """
+        groups = range(len(self.group_starts) - 1)
+        chunks = [self._metadata.row_group(i).column(self._metadata.num_columns - 1) for i in groups]
+        in_one_piece = _ONE_PAGE.items() <= (self._metadata.metadata or {}).items()
+        if in_one_piece and all(chunk.compression == "UNCOMPRESSED" for chunk in chunks):
+            ends = np.array([c.data_page_offset + c.total_compressed_size for c in chunks], dtype=np.int64)
+            return self._map, ends - 2 * self._dim * np.diff(self.group_starts)
+        columns = [self._open().read_row_group(i, columns=["embedding"])["embedding"] for i in groups]
+        parts = [chunk.flatten().to_numpy(zero_copy_only=True) for column in columns for chunk in column.chunks]
+        return np.concatenate([np.empty(0, np.float16), *parts]).tobytes(), 2 * self._dim * self.group_starts[:-1]
 
     def _open(self) -> Any:
         import pyarrow.parquet as pq

@@ -7,6 +7,7 @@ callers see. Both rise with the id.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ from numpy.typing import NDArray
 from indexes.errors import StoreCorrupt, StoreError
 from indexes.manifest import SEGMENTS, Manifest
 from indexes.segments import ROW_SCHEMA, Segment, names, read_vectors, unit_rows
-from indexes.vectors import Hits, VectorIndex, Vectors, cosines, exact_search, ranked
+from indexes.vectors import Hits, VectorIndex, Vectors, cosines, exact_search, near_best, ranked
 
 ANN_FILE = "vectors.faiss"
-_FEW = 8  # one row in so many at most is worth reading by row groups; more, and all vectors are read
+_HELD = 256 << 20  # bytes of vectors, widened to float32, that exact search holds; more are read a block at a time
+_BLOCK = 16_384  # rows
 
 
 class Snapshot:
@@ -36,7 +38,6 @@ class Snapshot:
             held.get(ref) or Segment(folder / SEGMENTS / ref.file, ref.rows, dim) for ref in manifest.segments
         ]
         self._starts = np.cumsum([0, *(segment.rows for segment in self.segments)], dtype=np.int64)
-        self._recent = functools.lru_cache(8)(Segment.halves)
 
     @classmethod
     def open(cls, folder: Path, before: Snapshot | None = None) -> Snapshot:
@@ -94,12 +95,29 @@ class Snapshot:
         stored = read_vectors(self.segments, self.manifest.model.dim)
         return stored[self.live] if self.manifest.tombstones else stored
 
+    def take(self, slots: NDArray[np.int64]) -> Vectors:
+        """Read the vectors in some slots, in any order, as unit rows. Only their part of the files is read."""
+        out = np.empty((len(slots), self.manifest.model.dim), dtype=np.float32)
+        inside = np.searchsorted(self._starts, slots, side="right") - 1
+        for i in np.unique(inside):
+            mine = inside == i
+            out[mine] = self.segments[i].take(slots[mine] - self._starts[i])
+        return out
+
     def halves(self, position: int) -> NDArray[np.float16]:
         """One vector (D,) as it is stored."""
         slot = int(self.live[position])
-        segment, group, row = self._locate(slot)
-        half: NDArray[np.float16] = self._recent(segment, group)[row]
+        i = int(np.searchsorted(self._starts, slot, side="right")) - 1
+        segment, row = self.segments[i], slot - int(self._starts[i])
+        group = int(np.searchsorted(segment.group_starts, row, side="right")) - 1
+        half: NDArray[np.float16] = segment.halves(group)[row - int(segment.group_starts[group])].copy()
         return half
+
+    def blocks(self, first: int = 0) -> Iterator[tuple[int, Vectors]]:
+        """All vectors, deleted ones too, a row group at a time from a segment on: first slot and unit rows."""
+        for segment, start in zip(self.segments[first:], self._starts[first:], strict=False):
+            for i, row in enumerate(segment.group_starts[:-1]):
+                yield int(start + row), unit_rows(segment.halves(i), segment.file)
 
     @functools.cached_property
     def covered(self) -> int:
@@ -108,29 +126,67 @@ class Snapshot:
 
     def search(self, queries: Vectors, k: int, allowed: NDArray[np.bool_] | None) -> Hits:
         """Search by position; see Store.search."""
-        if not self.covered:
-            return exact_search(self.vectors, queries, k, allowed)
-        assert self._ann is not None
-        mask = np.zeros(len(self._ann), dtype=np.bool_)  # deleted rows stay out
-        mask[self.live[: self.covered]] = True if allowed is None else allowed[: self.covered]
-        qualify = int(mask.sum())
-        near = self._ann.search(queries, k, None if qualify == len(mask) else mask)
-        if (near.rows[:, : min(k, qualify)] < 0).any():  # an approximate kind lost its way: never fewer than there are
-            return exact_search(self.vectors, queries, k, allowed)
+        ann, inside = self._ann, self.covered
+        if ann is None or not inside:
+            return self.exact(queries, k, allowed)
+        if allowed is not None:
+            inside = int(np.count_nonzero(allowed[: self.covered]))
+        fetch = self.fetch(k)
+        if inside <= fetch or inside**2 <= fetch * self.covered:  # the index would look at as many as qualify
+            return self.exact(queries, k, allowed)
+        near = ann.candidates(queries, min(k, inside), fetch, self._slots_allowed(allowed))
+        if any(len(slots) < min(k, inside) for slots, _ in near):  # it lost its way: never fewer than there are
+            return self.exact(queries, k, allowed)
         newer = exact_search(self._newer, queries, k, None if allowed is None else allowed[self.covered :])
-        found = np.unique(near.rows[near.rows >= 0])
-        stored = self._gather(found)
 
         def candidates(i: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-            slots = near.rows[i][near.rows[i] >= 0]
-            beside = newer.rows[i] >= 0
-            scores = cosines(queries[i], stored[np.searchsorted(found, slots)])
+            slots = np.sort(near[i][0])
+            stored = self.take(slots)
+            best = near_best(stored @ queries[i], k, stored.shape[1])
+            positions = slots[best] if len(self.live) == self._starts[-1] else np.searchsorted(self.live, slots[best])
+            scores, beside = cosines(queries[i], stored[best]), newer.rows[i] >= 0
+            if not beside.any():
+                return positions, scores
             return (
-                np.concatenate([np.searchsorted(self.live, slots), newer.rows[i][beside] + self.covered]),
+                np.concatenate([positions, newer.rows[i][beside] + self.covered]),
                 np.concatenate([scores, newer.scores[i][beside]]),
             )
 
         return ranked(queries, min(k, len(self.live)), candidates)
+
+    def fetch(self, k: int) -> int:
+        """How many candidates of the FAISS index are scored anew to find k rows."""
+        assert self.manifest.ann is not None
+        return self.manifest.ann.refine * max(k, 10)  # for fewer than ten as for ten, for which it was measured
+
+    def exact(self, queries: Vectors, k: int, allowed: NDArray[np.bool_] | None = None) -> Hits:
+        """Compare the queries with every row, or with every allowed one; the FAISS file plays no part."""
+        dim = self.manifest.model.dim
+        if "vectors" in self.__dict__ or (allowed is None and 4 * dim * len(self.live) <= _HELD):
+            return exact_search(self.vectors, queries, k, allowed)
+        columns = min(k, len(self.live))
+        if allowed is not None and 4 * dim * (qualify := int(np.count_nonzero(allowed))) <= _HELD:
+            positions = np.flatnonzero(allowed)
+            hits = exact_search(self.take(self.live[positions]), queries, min(k, max(1, qualify)))
+            return ranked(queries, columns, lambda i: (positions[hits.rows[i]], hits.scores[i]))
+        best = ranked(queries, columns, lambda _: (np.empty(0, np.int64), np.empty(0, np.float32)))
+        for first, block in self.living_blocks():
+            part = None if allowed is None else allowed[first : first + len(block)]
+            best = _merged(best, exact_search(block, queries, k, part), first, columns)
+        return best
+
+    def living_blocks(self, rows: int = _BLOCK) -> Iterator[tuple[int, Vectors]]:
+        """All vectors that count, about so many at a time: first position and unit rows."""
+        waiting: list[Vectors] = []
+        first = 0
+        for slot, block in self.blocks():
+            begin, end = np.searchsorted(self.live, [slot, slot + len(block)])
+            waiting.append(block if end - begin == len(block) else block[self.live[begin:end] - slot])
+            if end - first >= rows:
+                yield first, np.concatenate(waiting)
+                waiting, first = [], int(end)
+        if first < len(self.live):
+            yield first, np.concatenate(waiting)
 
     @functools.cached_property
     def _ann(self) -> VectorIndex | None:
@@ -139,14 +195,18 @@ class Snapshot:
         if ann is None or not ann.rows:
             return None
         try:
-            index = VectorIndex.load(self.folder / ANN_FILE)
+            index = VectorIndex.load(self.folder / ANN_FILE, ann.sha256)
             # A writer first withdraws the old file from the manifest, then replaces it: read after the file, an
             # unchanged entry means that the file was this one.
             if Manifest.read(self.folder).ann != ann:
                 return None
         except (OSError, StoreError):
             return None
-        return index if (len(index), index.dim) == (ann.rows, self.manifest.model.dim) else None
+        if (len(index), index.dim) != (ann.rows, self.manifest.model.dim):
+            return None
+        if ann.effort:
+            index.set_effort(ann.effort)
+        return index
 
     @functools.cached_property
     def _newer(self) -> Vectors:
@@ -156,19 +216,28 @@ class Snapshot:
         stored = read_vectors(self.segments[ann.segments :], self.manifest.model.dim)
         return stored[self.live[self.covered :] - ann.rows]
 
-    def _gather(self, slots: NDArray[np.int64]) -> Vectors:
-        """Read the vectors in a few slots, which rise."""
-        if "vectors" in self.__dict__ or len(slots) > len(self.live) // _FEW:
-            return self.vectors[np.searchsorted(self.live, slots)]
-        out = np.empty((len(slots), self.manifest.model.dim), dtype=np.float32)
-        for i, slot in enumerate(slots):
-            segment, group, row = self._locate(int(slot))
-            out[i] = unit_rows(self._recent(segment, group)[row : row + 1], segment.file)[0]
-        return out
+    def _slots_allowed(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+        """Which rows of the FAISS file may be found: deleted ones stay out. None: all of them."""
+        if allowed is None:
+            return self._alive
+        mask = np.zeros(len(self._ann or ()), dtype=np.bool_)
+        mask[self.live[: self.covered]] = allowed[: self.covered]
+        return mask
 
-    def _locate(self, slot: int) -> tuple[Segment, int, int]:
-        """Segment, row group and row in it of a slot."""
-        i = int(np.searchsorted(self._starts, slot, side="right")) - 1
-        segment, row = self.segments[i], slot - int(self._starts[i])
-        group = int(np.searchsorted(segment.group_starts, row, side="right")) - 1
-        return segment, group, row - int(segment.group_starts[group])
+    @functools.cached_property
+    def _alive(self) -> NDArray[np.bool_] | None:
+        everything = np.ones(self.covered, dtype=np.bool_)
+        return None if self.covered == len(self._ann or ()) else self._slots_allowed(everything)
+
+
+def _merged(hits: Hits, more: Hits, first: int, columns: int) -> Hits:
+    """The best of both, when the rows of `more` are counted from `first`."""
+
+    def both(i: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        old, new = hits.rows[i] >= 0, more.rows[i] >= 0
+        return (
+            np.concatenate([hits.rows[i][old], more.rows[i][new] + first]),
+            np.concatenate([hits.scores[i][old], more.scores[i][new]]),
+        )
+
+    return ranked(hits.rows, columns, both)

@@ -6,7 +6,7 @@ Any number of processes read it, each the state of one moment; one at a time wri
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,15 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from numpy.typing import ArrayLike, NDArray
 
+from indexes.choice import EXACT, kinds
 from indexes.errors import ModelMismatch, StoreError, StoreLocked
-from indexes.manifest import MANIFEST, SEGMENTS, Manifest, ModelRef, remove_leftovers, sha256_of
+from indexes.manifest import MANIFEST, SEGMENTS, AnnRef, Manifest, ModelRef, Wanted, remove_leftovers, sha256_of
 from indexes.segments import FAILURES, Failure, Row, decode_row, read_failures
 from indexes.snapshot import ANN_FILE, Snapshot
 from indexes.vectors import Hits, Vectors, as_vectors, check_search, check_width
 from indexes.writer import Writer, cannot_write
 
-__all__ = ["MANIFEST", "Failure", "ModelRef", "Row", "Store", "Writer"]
+__all__ = ["MANIFEST", "Failure", "ModelRef", "Row", "Store", "Wanted", "Writer"]
 
 _LOCK = "write.lock"
 _STALE_ROWS = 1000  # searched exactly beside the FAISS file in under a millisecond …
@@ -206,23 +207,33 @@ class Store:
             writer.commit()
 
     def index_is_stale(self) -> bool:
-        """Whether so many rows lie outside the FAISS file, if one was ever asked for, that it should be rebuilt.
+        """Whether the FAISS file is not the one that is wanted, is damaged, or has too many rows lying beside it.
 
-        More than 1,000, and more than a tenth of those inside. Without the file, exact search reads the Parquet files
-        as fast as FAISS would read a flat index, so nothing is built unless somebody asks for another kind.
+        Too many: more than 1,000, and more than a tenth of those inside.
         """
-        ann = self.snapshot.manifest.ann
-        if ann is None:
-            return False
-        usable = (self.path / ANN_FILE).exists()
-        inside = int(np.searchsorted(self.snapshot.live, ann.rows)) if usable else 0
-        return len(self) - inside > max(_STALE_ROWS, inside // _STALE_SHARE)
+        manifest, rows = self.snapshot.manifest, len(self)
+        wanted, ann = manifest.wanted, manifest.ann
+        if wanted.factory == EXACT or (wanted.factory is None and not kinds(rows, self.model.dim, wanted)):
+            return ann is not None
+        inside = 0
+        if ann and self._ann_is_whole(ann):
+            inside = int(np.searchsorted(self.snapshot.live, ann.rows))
+        return rows - inside > max(_STALE_ROWS, inside // _STALE_SHARE)
 
-    def rebuild_index(self, factory: str | None = None) -> None:
+    def _ann_is_whole(self, ann: AnnRef) -> bool:
+        try:
+            return sha256_of(self.path / ANN_FILE) == ann.sha256
+        except OSError:
+            return False
+
+    def rebuild_index(self, wanted: Wanted | str | None = None, probes: Mapping[str, Vectors] | None = None) -> None:
         """Build the FAISS file over all rows, outside of any `write` block. Vectors are not encoded again.
 
+        What is wanted is remembered, tuned on queries, and measured against exact search: see `ann`.
+
         Args:
-            factory: a FAISS factory string; None is the kind asked for last, or Flat.
+            wanted: a FAISS factory string, or "exact" for none, or how to choose; None is what was wanted last.
+            probes: queries by their kind, (Q, D) unit rows each, on which the recall is measured beside stored rows.
 
         Raises:
             VectorError: FAISS does not know the kind, or needs more rows to train it; the index stays as it was.
@@ -230,8 +241,19 @@ class Store:
 
         """
         with self.write() as writer:
-            ann = self.snapshot.manifest.ann
-            writer.rebuild_index(factory or (ann.factory if ann else "Flat"))
+            if isinstance(wanted, str):
+                wanted = Wanted(wanted)
+            writer.rebuild_index(wanted or self.snapshot.manifest.wanted, probes or {})
+
+    @property
+    def wanted(self) -> Wanted:
+        """Which FAISS index the store is to have."""
+        return self.snapshot.manifest.wanted
+
+    @property
+    def ann(self) -> AnnRef | None:
+        """The FAISS file, and what it was measured to do; None where search is exact."""
+        return self.snapshot.manifest.ann
 
 
 @contextlib.contextmanager

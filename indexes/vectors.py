@@ -6,7 +6,10 @@ depend on the batch, the number of threads or the kernel. Rows are ranked by fal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,6 +29,9 @@ _UNIT = 2e-7  # rows of length 1 to within float32's rounding stay as they are, 
 _SCORES = 1 << 24  # scores that a batch of queries may hold at a time: 64 MB
 _MORE = 16  # rows asked for beyond k, so that a tie at rank k is usually whole at the first try
 _NAMED = 3  # bad rows that a message names
+_POINTS, _FEWEST = 64, 39  # training rows for each centroid: enough, and what FAISS wants at least
+_TRAINING = 65_536  # rows that kinds without centroids are trained on: quantisers' ranges, rotations
+_MAPPED = 256 << 20  # bytes of a FAISS file from which on it is mapped instead of read
 _FACTORY = b"\ndiptych factory "  # FAISS files do not say which factory string made them; readers ignore what follows
 
 
@@ -91,8 +97,16 @@ def rounding_margin(dim: int) -> float:
     return 2 * dim * 2.0**-24
 
 
+def near_best(products: NDArray[np.float32], k: int, dim: int) -> NDArray[np.int64]:
+    """Which of some float32 dot products of unit rows of width `dim` may be among the k largest, but for rounding."""
+    if k >= len(products):
+        return np.arange(len(products))
+    kth = np.partition(products, len(products) - k)[len(products) - k]
+    return np.flatnonzero(products >= kth - rounding_margin(dim))
+
+
 def ranked(
-    queries: Vectors, columns: int, candidates: Callable[[int], tuple[NDArray[np.int64], NDArray[np.float32]]]
+    queries: Sized, columns: int, candidates: Callable[[int], tuple[NDArray[np.int64], NDArray[np.float32]]]
 ) -> Hits:
     """Hits with a number of columns, from `candidates(i)`: the rows and scores that may be in the answer to query i."""
     hits = Hits(
@@ -123,7 +137,6 @@ def exact_search(vectors: Vectors, queries: Vectors, k: int, allowed: NDArray[np
     some = None if allowed is None else np.flatnonzero(allowed)
     pool = vectors if some is None else vectors[some]
     wanted = min(k, len(pool))
-    margin = rounding_margin(vectors.shape[1])
     batch = max(1, _SCORES // max(1, len(pool)))
     products = np.empty((0, 0), dtype=np.float32)
 
@@ -131,11 +144,7 @@ def exact_search(vectors: Vectors, queries: Vectors, k: int, allowed: NDArray[np
         nonlocal products
         if i % batch == 0:
             products = queries[i : i + batch] @ pool.T
-        row = products[i % batch]
-        near = np.arange(len(pool))
-        if wanted < len(pool):
-            kth = np.partition(row, len(pool) - wanted)[len(pool) - wanted]
-            near = np.flatnonzero(row >= kth - margin)
+        near = near_best(products[i % batch], wanted, pool.shape[1])
         return near if some is None else some[near], cosines(queries[i], pool[near])
 
     if not wanted:
@@ -148,7 +157,7 @@ class VectorIndex:
 
     "Flat" is exact. Scores are computed from the rows as the index can decode them; quantised rows are not quite the
     rows given, so their scores are cosines only to the precision of the quantiser. The store, which keeps the vectors,
-    scores them anew.
+    takes `candidates` and scores them anew.
     """
 
     def __init__(self, index: Any, factory: str) -> None:
@@ -161,7 +170,26 @@ class VectorIndex:
 
         Args:
             vectors: (N, D) unit rows; none at all is fine.
-            factory: a FAISS factory string: Flat, SQfp16, HNSW32, "IVF1024,Flat", …
+            factory: a FAISS factory string: Flat, SQfp16, HNSW32, "IVF64,Flat", …
+
+        Raises:
+            VectorError: FAISS does not know the factory string, or needs more rows to train it.
+
+        """
+        return cls.fill(factory, vectors.shape[1], len(vectors), lambda wanted: vectors[:wanted], [vectors])
+
+    @classmethod
+    def fill(
+        cls, factory: str, dim: int, rows: int, sample: Callable[[int], Vectors], blocks: Iterable[Vectors]
+    ) -> VectorIndex:
+        """Train an index on some rows and fill it a block at a time, for vectors that memory does not hold at once.
+
+        Args:
+            factory: a FAISS factory string.
+            dim: the width D.
+            rows: how many there are, N.
+            sample: given how many rows are wanted for training, at most so many of them, (n, D).
+            blocks: all rows, in order.
 
         Raises:
             VectorError: FAISS does not know the factory string, or needs more rows to train it.
@@ -169,13 +197,18 @@ class VectorIndex:
         """
         faiss = runtime.faiss()
         try:
-            index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-            if len(vectors):
-                index.train(vectors)
-                index.add(vectors)
+            index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+            if rows:
+                if not index.is_trained:
+                    points = _training_points(index)
+                    if rows < points // _POINTS * _FEWEST:
+                        raise RuntimeError(f"Error: it needs at least {points // _POINTS * _FEWEST:,} to be trained")
+                    index.train(sample(min(rows, max(points, _TRAINING))))
+                for block in blocks:
+                    index.add(block)
         except RuntimeError as error:
             raise VectorError(
-                f"FAISS cannot build an index of kind {factory!r} on {len(vectors)} vectors: {_reason(error)}"
+                f"FAISS cannot build an index of kind {factory!r} on {rows:,} vectors: {_reason(error)}"
             ) from error
         return cls(index, factory)
 
@@ -186,6 +219,28 @@ class VectorIndex:
     def dim(self) -> int:
         """The width D of its vectors."""
         return int(self._index.d)
+
+    @property
+    def effort(self) -> tuple[str, tuple[int, ...]] | None:
+        """The search parameter that trades time for recall, and the values worth trying; None where there is none."""
+        faiss = runtime.faiss()
+        inverted = faiss.try_extract_index_ivf(self._index)
+        if inverted:
+            return "nprobe", (*(2**i for i in range(2, 13) if 2**i < inverted.nlist), inverted.nlist)
+        return ("efSearch", (32, 64, 128, 256, 512)) if self._graph else None
+
+    @property
+    def _graph(self) -> Any:
+        """The HNSW graph, if the index is one."""
+        index = runtime.faiss().downcast_index(self._index)
+        return getattr(index, "hnsw", None)
+
+    def set_effort(self, value: int) -> None:
+        """Set what `effort` names."""
+        if self._graph is not None:
+            self._graph.efSearch = value
+        else:
+            runtime.faiss().extract_index_ivf(self._index).nprobe = value
 
     def search(self, queries: Vectors, k: int, allowed: NDArray[np.bool_] | None = None) -> Hits:
         """Find the k rows of highest score for each query.
@@ -199,25 +254,53 @@ class VectorIndex:
             VectorError: the queries have another width.
 
         """
+        columns = min(k, len(self))
+        found = self.candidates(queries, k, columns, allowed)
+
+        def scored(i: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+            rows, products = found[i]
+            return rows, self._scores(queries[i], rows, products)
+
+        return ranked(queries, columns, scored)
+
+    def candidates(
+        self, queries: Vectors, k: int, fetch: int, allowed: NDArray[np.bool_] | None = None
+    ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Find, for each query, rows among which the best k may be: the `fetch` best by the index's own products.
+
+        There are more of them where a tie at rank k would be cut, and fewer where an approximate kind finds no more.
+
+        Args:
+            queries: (Q, D) unit rows.
+            k: how many of them are wanted in the end, at least 1.
+            fetch: how many rows to look for, at least k.
+            allowed: (N,) which rows may be found; None is all of them.
+
+        Returns:
+            (rows int64, products float32) of each query, best product first.
+
+        Raises:
+            VectorError: the queries have another width.
+
+        """
         check_search(k, allowed, len(self))
         check_width(queries, self.dim)
         columns = min(k, len(self))
         if not columns or not len(queries):
-            return ranked(queries, columns, lambda _: (np.empty(0, np.int64), np.empty(0, np.float32)))
+            return [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(queries)
         margin = rounding_margin(self.dim)
-        fetch = min(columns + _MORE, len(self))
-        scores, rows = self._nearest(queries, fetch, allowed)
-
-        def candidates(i: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-            found, products, asked = rows[i], scores[i], fetch
+        fetch = min(max(fetch, columns + _MORE), len(self))
+        products, rows = self._nearest(queries, fetch, allowed)
+        out = []
+        for i in range(len(queries)):
+            found, scores, asked = rows[i], products[i], fetch
             # Equal vectors may be cut at rank k; which of them FAISS keeps is chance, so ask on until the tie is whole.
-            while asked < len(self) and found[-1] >= 0 and products[-1] >= products[columns - 1] - margin:
+            while asked < len(self) and found[-1] >= 0 and scores[-1] >= scores[columns - 1] - margin:
                 asked = min(4 * asked, len(self))
-                (products,), (found,) = self._nearest(queries[i : i + 1], asked, allowed)
+                (scores,), (found,) = self._nearest(queries[i : i + 1], asked, allowed)
             real = found >= 0
-            return found[real], self._scores(queries[i], found[real], products[real])
-
-        return ranked(queries, columns, candidates)
+            out.append((found, scores) if real.all() else (found[real], scores[real]))
+        return out
 
     def save(self, path: Path) -> None:
         """Replace a file, which any FAISS reads too, in one step. Raises OSError."""
@@ -227,8 +310,12 @@ class VectorIndex:
             file.write(_FACTORY + self.factory.encode())
 
     @classmethod
-    def load(cls, path: Path) -> VectorIndex:
+    def load(cls, path: Path, sha256: str | None = None) -> VectorIndex:
         """Read what `save` wrote.
+
+        Args:
+            path: the file. One of more than 256 MB is mapped, where its name is UTF-8, and read as it is searched.
+            sha256: its checksum, for a file that is read whole: FAISS believes what it reads, and may crash on it.
 
         Raises:
             StoreCorrupt: the file is damaged, or was not written by `save`.
@@ -237,13 +324,20 @@ class VectorIndex:
         """
         faiss = runtime.faiss()
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 1024))
+            size = path.stat().st_size
+            file.seek(max(0, size - 1024))
             _, mark, factory = file.read().rpartition(_FACTORY)
-            file.seek(0)
             try:
                 if not mark:
                     raise RuntimeError("it is incomplete")
-                return cls(faiss.read_index(faiss.PyCallbackIOReader(file.read)), factory.decode())
+                if size > _MAPPED and str(path).isprintable():
+                    return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC), factory.decode())
+                file.seek(0)
+                content = file.read()
+                if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+                    raise RuntimeError("its content is not what was written")
+                reader = faiss.PyCallbackIOReader(io.BytesIO(content).read)
+                return cls(faiss.read_index(reader), factory.decode())
             except (RuntimeError, ValueError) as error:
                 raise StoreCorrupt(
                     f"{path} is no readable index of vectors ({_reason(error)}): delete it, it can be built again"
@@ -258,16 +352,30 @@ class VectorIndex:
             return self._index.search(queries, fetch)  # type: ignore[no-any-return]
         bits = np.packbits(allowed, bitorder="little")
         selector = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
-        try:
-            # The IVF class of parameters serves all kinds that take plain ones; nprobe must be carried over.
-            inverted = faiss.try_extract_index_ivf(self._index)
-            nprobe = inverted.nprobe if inverted else 1
+        share = max(float(allowed.mean()), 1 / len(allowed))
+        inverted = faiss.try_extract_index_ivf(self._index)
+        # As many rows that qualify are looked at as without a filter.
+        if inverted:
+            nprobe = min(inverted.nlist, math.ceil(inverted.nprobe / share))
             parameters = faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)
+        elif self._graph is not None:
+            ef = min(len(self), math.ceil(max(self._graph.efSearch, fetch) / share))
+            parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=ef)
+        else:
+            parameters = faiss.SearchParameters(sel=selector)
+        try:
             return self._index.search(queries, fetch, params=parameters)  # type: ignore[no-any-return]
-        except RuntimeError:  # product quantisers and refined kinds: rank all their rows, then drop
-            scores, rows = self._index.search(queries, len(self))
-            rows = np.where(allowed[rows], rows, -1)
-            order = np.argsort(rows < 0, axis=1, kind="stable")[:, :fetch]
+        except RuntimeError:  # fast-scan and refined kinds take no filter: look for more, then drop
+            enough = min(fetch, int(np.count_nonzero(allowed)))
+            asked = min(len(self), math.ceil(1.2 * fetch / share))
+            while True:
+                scores, rows = self._index.search(queries, asked)
+                left = (rows >= 0) & allowed[rows]
+                if asked == len(self) or (left.sum(axis=1) >= enough).all():
+                    break
+                asked = min(len(self), 4 * asked)
+            rows = np.where(left, rows, -1)
+            order = np.argsort(~left, axis=1, kind="stable")[:, :fetch]
             return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
     def _scores(
@@ -278,6 +386,29 @@ class VectorIndex:
             return cosines(query, self._index.reconstruct_batch(rows))
         except RuntimeError:
             return np.clip(products, -1, 1)
+
+
+def _training_points(index: Any) -> int:
+    """How many rows an index is trained on; FAISS's remarks that they are few are switched off, for the caller's own.
+
+    Kinds with k-means inside (inverted lists, product quantisers) want 39 rows for each centroid, and are hardly better
+    for more than 64.
+    """
+    faiss = runtime.faiss()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexRefine):
+        return _training_points(index.base_index)
+    if isinstance(index, faiss.IndexPreTransform):
+        steps = [faiss.downcast_VectorTransform(index.chain.at(i)) for i in range(index.chain.size())]
+        rotated = any(isinstance(step, faiss.OPQMatrix) for step in steps)  # by a product quantiser of 8 bits
+        return max(_training_points(index.index), _POINTS * 256 * rotated)
+    centroids = 0
+    if isinstance(index, faiss.IndexIVF):
+        index.cp.min_points_per_centroid, centroids = 1, index.nlist
+    quantizer = getattr(index, "pq", None)
+    if quantizer is not None:
+        quantizer.cp.min_points_per_centroid, centroids = 1, max(centroids, quantizer.ksub)
+    return _POINTS * centroids
 
 
 def check_width(vectors: NDArray[Any], dim: int) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from indexes.errors import StoreError
-from indexes.manifest import SEGMENTS, AnnRef, SegmentRef, remove_leftovers, sha256_of
+from indexes import choice
+from indexes.errors import StoreError, VectorError
+from indexes.manifest import SEGMENTS, AnnRef, SegmentRef, Wanted, remove_leftovers, sha256_of
 from indexes.segments import (
     FAILURES,
     Failure,
@@ -26,7 +28,7 @@ from indexes.segments import (
     write_segment,
 )
 from indexes.snapshot import ANN_FILE, Snapshot
-from indexes.vectors import VectorIndex, as_vectors, check_width
+from indexes.vectors import VectorIndex, Vectors, as_vectors, check_width
 
 if TYPE_CHECKING:
     from indexes.store import Store
@@ -114,18 +116,63 @@ class Writer:
         self._since = None
         self._compact()
 
-    def rebuild_index(self, factory: str) -> None:
+    def rebuild_index(self, wanted: Wanted, probes: Mapping[str, Vectors]) -> None:
         """Merge everything into one segment and build the FAISS file over it; see Store.rebuild_index."""
         self.commit()
         if len(self._snapshot.segments) > 1 or self._snapshot.manifest.tombstones:
             with self._writing():
                 self._merge(0)
-        index = VectorIndex.build(self._snapshot.vectors, factory)
+        tuned = self._tuned(wanted, probes)
         file = self._store.path / ANN_FILE
         with self._writing():
-            self._swap(ann=AnnRef(factory))  # withdrawn before it is replaced: nobody takes the new file for the old
-            index.save(file)
-            self._swap(ann=AnnRef(factory, len(self._snapshot.segments), len(index), sha256_of(file)))
+            self._swap(ann=None, wanted=wanted)  # first, so that nobody takes the new file for the old
+            if tuned is None:
+                file.unlink(missing_ok=True)
+                return
+            tuned.index.save(file)
+            segments, rows = len(self._snapshot.segments), len(tuned.index)
+            ann = AnnRef(tuned.index.factory, segments, rows, sha256_of(file), tuned.refine, tuned.effort)
+            self._swap(ann=ann)
+            if rows:
+                search = functools.partial(self._snapshot.search, k=choice.K, allowed=None)
+                measured = choice.measured(tuned, search, {**probes, **self._probe()}, file.stat().st_size)
+                self._swap(ann=replace(ann, measured=measured))
+
+    def _tuned(self, wanted: Wanted, probes: Mapping[str, Vectors]) -> choice.Tuned | None:
+        """The wanted index, or the first of those to choose from that finds enough; None: exact search is as good."""
+        snapshot, dim = self._snapshot, self._snapshot.manifest.model.dim
+        rows = len(snapshot.live)
+        forced = wanted.factory is not None
+        kinds = [wanted.factory] if wanted.factory else choice.kinds(rows, dim, wanted)
+        if not kinds or wanted.factory == choice.EXACT:
+            return None
+        queries = {**probes, **self._probe()} if rows else {}
+        truth = {name: snapshot.exact(each, choice.K) for name, each in queries.items()}
+        best: choice.Tuned | None = None
+        for kind in kinds:
+            try:
+                blocks = (block for _, block in snapshot.living_blocks())
+                index = VectorIndex.fill(kind, dim, rows, self._sample, blocks)
+            except VectorError:
+                if forced:
+                    raise
+                continue  # an older FAISS that does not know it
+            if not rows:
+                return choice.Tuned(index, 1, 0, {}, True)
+            tuned = choice.tune(index, queries, truth, snapshot.take, wanted.recall)
+            if best is None or tuned.enough or min(tuned.recall.values()) > min(best.recall.values()):
+                best = tuned
+            if tuned.enough:
+                break
+        return best
+
+    def _sample(self, count: int) -> Vectors:
+        """Stored vectors, evenly drawn, always the same."""
+        live = self._snapshot.live
+        return self._snapshot.take(live[np.linspace(0, len(live) - 1, min(count, len(live))).astype(np.int64)])
+
+    def _probe(self) -> dict[str, Vectors]:
+        return {choice.STORED: self._sample(choice.PROBES)}
 
     # ---- the buffer ------------------------------------------------------------------------------------------------
 
@@ -240,7 +287,7 @@ class Writer:
         self._swap(
             segments=manifest.segments[:first] + ((merged,) if merged.rows else ()),
             tombstones=tuple(int(row_id) for row_id in dead[dead < begin]),
-            ann=AnnRef(ann.factory) if ann and ann.segments > first else ann,
+            ann=None if ann and ann.segments > first else ann,  # what it covers is gone; `wanted` says what to build
         )
         remove_leftovers(self._store.path, self._snapshot.manifest)
 

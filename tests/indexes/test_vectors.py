@@ -210,10 +210,10 @@ def test_every_kind_keeps_the_contract(kind, tmp_path):
 
 
 def test_a_filter_visits_as_many_lists_as_without():
-    vectors, queries = unit(300), unit(6, seed=1)
+    vectors, queries = unit(400), unit(6, seed=1)
     index = VectorIndex.build(vectors, "IVF8,Flat")
-    index._index.nprobe = 8  # all of them: exact, up to FAISS's rounding
-    allowed = np.random.default_rng(3).random(300) < 0.3
+    index.set_effort(8)  # all of them: exact, up to FAISS's rounding
+    allowed = np.random.default_rng(3).random(400) < 0.3
     for mask in (None, allowed):
         np.testing.assert_array_equal(index.search(queries, 9, mask).rows, brute(vectors, queries, 9, mask).rows)
 
@@ -221,8 +221,18 @@ def test_a_filter_visits_as_many_lists_as_without():
 def test_unknown_kind_and_too_few_rows_to_train():
     with pytest.raises(VectorError, match="kind 'Flatt' on 3 vectors: "):
         VectorIndex.build(unit(3), "Flatt")
-    with pytest.raises(VectorError, match=r"kind 'IVF64,Flat' on 3 vectors: .*points"):
-        VectorIndex.build(unit(3), "IVF64,Flat")
+    with pytest.raises(VectorError, match=r"kind 'IVF64,Flat' on 2,495 vectors: it needs at least 2,496"):
+        VectorIndex.build(unit(2495), "IVF64,Flat")
+    for kind in ("PCA8,PQ4", "OPQ4,PQ4x4fs", "PQ4,RFlat"):
+        with pytest.raises(VectorError, match="on 900 vectors: it needs at least 9,984"):
+            VectorIndex.build(unit(900), kind)
+
+
+def test_training_says_nothing_on_stderr(capfd):
+    """FAISS remarks there on few rows, from C++, and runs a k-means for each part of a product quantiser."""
+    for kind in ("IVF64,Flat", "PQ8x4fs", "IVF8,PQ4x4fs", "RaBitQfs", "PCA8,SQ8", "IVF16,RaBitQfs"):
+        VectorIndex.build(unit(2496), kind)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["plain.faiss", "spaced name.faiss", os.fsdecode(b"not-utf8-\xff.faiss")])

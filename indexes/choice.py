@@ -1,0 +1,134 @@
+"""The FAISS index of a store: chosen by its size, tuned on queries until it finds what exact search finds.
+
+Which kinds are tried, and in which order, comes from measurements on CLIP-like vectors of 512 dimensions
+(benchmarks/indexes.py): RaBitQ (Gao & Long 2024, https://arxiv.org/abs/2405.12497) scanned by fast-scan kernels needs a
+fourteenth of a float16's bytes and no training, and the candidates it finds are scored anew with the stored vectors;
+behind inverted lists it is faster still, from a few hundred thousand rows on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from indexes.manifest import Measured, Wanted
+from indexes.vectors import Hits, VectorIndex, Vectors, cosines
+
+EXACT = "exact"  # no FAISS file at all
+STORED = "stored"  # the kind of query that is a stored vector
+K = 10  # the recall that is measured is that of the ten nearest rows
+_EXACT_ROWS = 20_000  # up to here exact search takes a few milliseconds
+_LISTS_ROWS = 300_000  # from here on inverted lists pay for their k-means
+_REFINE = (1, 2, 3, 5, 10, 20, 40)  # candidates for each row wanted
+PROBES = 300  # stored rows that are searched with, beside the caller's queries
+_CERTAIN = 1.64  # standard errors: the recall is at least the one asked for with 95 % certainty, not just on average
+_TIMED = 100  # queries
+
+
+def kinds(rows: int, dim: int, wanted: Wanted) -> list[str]:
+    """FAISS factory strings to try in turn, the fastest first; none where exact search is as good.
+
+    Args:
+        rows: how many there are.
+        dim: their width D.
+        wanted: only its ``memory`` counts here.
+
+    """
+    if rows <= _EXACT_ROWS:
+        return []
+    lists = 2 ** round(np.log2(2 * np.sqrt(rows)))
+    found: list[tuple[str, float]] = []
+    rabitq = dim / 8 + 8  # bytes of a row: a bit for each number, and two factors
+    if rows >= _LISTS_ROWS:
+        found.append((f"IVF{lists},RaBitQfs", rabitq + 16 + 4 * dim * lists / rows))
+    found.append(("RaBitQfs", rabitq))
+    # Product quantisers of four bits, for those who have even less memory to give.
+    found += [(f"PQ{dim // n}x4fs", dim / n / 2) for n in (4, 8, 16) if dim % n == 0 and dim // n % 2 == 0]
+    return [kind for kind, size in found if size * rows <= wanted.memory]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """An index, how it is to be searched, and what it does then. ``enough``: it finds what was asked for."""
+
+    index: VectorIndex
+    refine: int
+    effort: int
+    recall: dict[str, float]
+    enough: bool
+
+
+def tune(
+    index: VectorIndex,
+    probes: Mapping[str, Vectors],
+    truth: Mapping[str, Hits],
+    take: Callable[[NDArray[np.int64]], Vectors],
+    recall: float,
+) -> Tuned:
+    """Find the least effort and the fewest candidates at which every kind of query finds what is asked for.
+
+    Args:
+        index: filled.
+        probes: queries by their kind, each (Q, D) unit rows.
+        truth: what exact search finds for them, `K` rows each.
+        take: the stored vectors of some of the index's rows.
+        recall: the share of the truth that is to be found.
+
+    Returns:
+        The first setting that finds it with 95 % certainty; else the one that finds most.
+
+    """
+    name_and_values = index.effort
+    best: Tuned | None = None
+    for effort in name_and_values[1] if name_and_values else (0,):
+        if effort:
+            index.set_effort(effort)
+        # (kind of query) -> (Q, len(_REFINE)): the share of each query's truth among so many candidates
+        found = {name: _found(index, queries, truth[name], take) for name, queries in probes.items()}
+        for column, refine in enumerate(_REFINE):
+            shares = {name: float(rows[:, column].mean()) for name, rows in found.items()}
+            enough = all(_surely(rows[:, column]) >= recall for rows in found.values())
+            if best is None or enough or min(shares.values()) > min(best.recall.values()):
+                best = Tuned(index, refine, effort, shares, enough)
+            if enough:
+                return best
+    assert best is not None
+    if best.effort:
+        index.set_effort(best.effort)
+    return best
+
+
+def measured(tuned: Tuned, search: Callable[[Vectors], object], queries: Mapping[str, Vectors], size: int) -> Measured:
+    """Time single queries of all kinds in turn; ``search`` answers one (1, D)."""
+    each = [query[None] for rows in queries.values() for query in rows[:_TIMED]]
+    times = []
+    for query in each:
+        began = time.perf_counter()
+        search(query)
+        times.append(1000 * (time.perf_counter() - began))
+    counts = {name: len(rows) for name, rows in queries.items()}
+    p50, p99 = np.percentile(times, [50, 99])
+    return Measured(tuned.recall, counts, round(float(p50), 3), round(float(p99), 3), size)
+
+
+def _found(
+    index: VectorIndex, queries: Vectors, truth: Hits, take: Callable[[NDArray[np.int64]], Vectors]
+) -> NDArray[np.float64]:
+    """(Q, len(_REFINE)) shares of the truth among the first candidates; an equal score is as good as the same row."""
+    out = np.empty((len(queries), len(_REFINE)))
+    fetch = _REFINE[-1] * K
+    for i, (rows, _) in enumerate(index.candidates(queries, K, fetch)):
+        real = truth.scores[i][truth.rows[i] >= 0]
+        good = cosines(queries[i], take(rows)) >= real[-1]
+        out[i] = [min(len(real), int(good[: refine * K].sum())) / len(real) for refine in _REFINE]
+    return out
+
+
+def _surely(shares: NDArray[np.float64]) -> float:
+    """The lower end of the mean's one-sided 95 % interval."""
+    spread = float(shares.std(ddof=1)) if len(shares) > 1 else 0.0
+    return float(shares.mean() - _CERTAIN * spread / np.sqrt(len(shares)))
