@@ -37,6 +37,7 @@ class Snapshot:
         ]
         self._starts = np.cumsum([0, *(segment.rows for segment in self.segments)], dtype=np.int64)
         self._recent = functools.lru_cache(8)(Segment.halves)
+        self._columns: dict[str, pa.ChunkedArray] = {}
 
     @classmethod
     def open(cls, folder: Path, before: Snapshot | None = None) -> Snapshot:
@@ -82,6 +83,25 @@ class Snapshot:
         tables = [ROW_SCHEMA.empty_table(), *(segment.columns(*ROW_SCHEMA.names) for segment in self.segments)]
         table = pa.concat_tables(tables).combine_chunks()
         return table.take(self.live) if self.manifest.tombstones else table
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Names and types of the columns of `rows`."""
+        return ROW_SCHEMA
+
+    def columns(self, *names: str) -> pa.Table:
+        """Some columns of `rows`; what was read once is kept."""
+        if "rows" in self.__dict__:
+            return self.rows.select(names)
+        new = [name for name in names if name not in self._columns]
+        if new:
+            empty = pa.schema([self.schema.field(name) for name in new]).empty_table()
+            parts = [empty, *(segment.columns(*new).select(new) for segment in self.segments)]
+            table = pa.concat_tables(parts).combine_chunks()
+            self._columns |= zip(
+                new, (table.take(self.live) if self.manifest.tombstones else table).columns, strict=True
+            )
+        return pa.table({name: self._columns[name] for name in names})
 
     @functools.cached_property
     def paths(self) -> list[str]:
