@@ -142,7 +142,9 @@ def modified(when: str) -> Condition:
 def within(column: str, start: Any, end: Any) -> Condition:
     """Match values from one on, and up to another without it; None is open."""
     field = pc.field(column)
-    return all_of([field.is_valid(), None if start is None else field >= start, None if end is None else field < end])
+    if start is None and end is None:
+        return field.is_valid()
+    return all_of([None if start is None else field >= start, None if end is None else field < end])
 
 
 def _local_ns(moment: datetime) -> int:
@@ -254,9 +256,12 @@ def words(text: str, schema: pa.Schema) -> Condition:
 def ids(wanted: Iterable[int]) -> Condition:
     """Match rows by their ids; one that no row has does no harm. Raises FilterError for what is no whole number."""
     try:
-        return pc.field("id").isin(pa.array(wanted, pa.int64()))
+        found = pa.array(wanted)
     except (pa.ArrowException, OverflowError, TypeError) as error:
         raise FilterError(f"ids are whole numbers: {one_line(str(error))}") from error
+    if len(found) and not pa.types.is_integer(found.type):
+        raise FilterError(f"ids are whole numbers, not {found.type}")
+    return pc.field("id").isin(found.cast(pa.int64()))
 
 
 def read_ids(lines: Iterable[bytes], name: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any, NoReturn, TypeAlias
 
 import pyarrow as pa
@@ -14,6 +15,8 @@ from indexes.conditions import Condition, all_of, any_of, literal, one_line, per
 from indexes.derived import DATES, DERIVED, FLAG, NUMBERS, TEXT, TEXTS, kind_of, known_columns, listed, no_column
 from indexes.errors import FilterError
 
+_SHOWN = 200  # characters of a condition in a message
+_TESTS = 1000  # Arrow walks through an expression recursively, and tens of thousands overflow its stack
 Compare: TypeAlias = Callable[[Any, Any], Any]
 EXAMPLE = "width > 1000 and type == 'png'"
 _COMPARISONS: dict[type[ast.cmpop], Compare] = {
@@ -50,27 +53,34 @@ def parse(text: str, schema: pa.Schema) -> Condition:
     """
     reader = _Reader(text, schema)
     try:
-        return reader.condition(ast.parse(text.strip(), mode="eval").body)
-    except SyntaxError as error:
-        reader.refuse(error.msg)
+        return reader.condition(reader.tree())
     except (RecursionError, MemoryError):
         reader.refuse("it is nested too deeply")
     except UnicodeEncodeError:
         reader.refuse("it is not in UTF-8")
-    except (ValueError, OverflowError) as error:
-        reader.refuse(str(error))
+    except OverflowError:
+        reader.refuse("a number in it is too large")
 
 
 class _Reader:
     """Turns the syntax tree of a written condition into an expression."""
 
     def __init__(self, text: str, schema: pa.Schema) -> None:
+        self.tests = 0
         self.text, self.stored, self.known = text, schema.names, known_columns(schema)
 
     def refuse(self, reason: str) -> NoReturn:
         raise FilterError(
-            f"{one_line(self.text)!r} is no condition ({reason}): write it as {EXAMPLE}; {listed(self.known)}"
+            f"{one_line(self.text)[:_SHOWN]!r} is no condition ({reason}): write it as {EXAMPLE}; {listed(self.known)}"
         )
+
+    def tree(self) -> ast.expr:
+        try:
+            return ast.parse(self.text.strip(), mode="eval").body
+        except UnicodeEncodeError:
+            raise
+        except (SyntaxError, ValueError) as error:  # the latter of null bytes, and of thousands of digits
+            self.refuse(error.msg if isinstance(error, SyntaxError) else str(error))
 
     def condition(self, node: ast.expr) -> Condition:
         if isinstance(node, ast.BoolOp):
@@ -122,6 +132,9 @@ class _Reader:
 
     def test(self, name: str, compare: Compare, value: Any) -> Condition:
         """Compare a column with a value."""
+        self.tests += 1
+        if self.tests > _TESTS:
+            self.refuse(f"it has more than {_TESTS:,} comparisons")
         field, kind = pc.field(name), self.kind(name)
         if value is None and compare in (operator.eq, operator.ne):
             return field.is_null() if compare is operator.eq else field.is_valid()
@@ -142,7 +155,7 @@ class _Reader:
             return inside if compare is operator.eq else ~inside
         edge = end if compare in (operator.le, operator.gt) else start
         if edge is None:  # the end of time
-            return pc.field(name).is_valid() if compare is operator.le else pc.scalar(False)
+            return compare(pc.field(name), pa.scalar(datetime.max, type_))
         return pc.field(name) < edge if compare in (operator.lt, operator.le) else pc.field(name) >= edge
 
     def column(self, node: ast.expr) -> str | None:

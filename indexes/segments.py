@@ -209,10 +209,10 @@ class Segment:
         with _reading(self.file):
             return self._open().read(list(names), use_threads=False)
 
-    def group(self, i: int) -> pa.Table:
-        """One row group, all columns."""
+    def group(self, i: int, *names: str) -> pa.Table:
+        """One row group: some columns, or all."""
         with _reading(self.file):
-            return self._open().read_row_group(i)
+            return self._open().read_row_group(i, columns=list(names) or None)
 
     def halves(self, i: int) -> NDArray[np.float16]:
         """Read the embeddings of one row group as stored: (n, D) float16."""

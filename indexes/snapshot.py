@@ -7,6 +7,7 @@ callers see. Both rise with the id.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -95,13 +96,25 @@ class Snapshot:
             return self.rows.select(names)
         new = [name for name in names if name not in self._columns]
         if new:
-            empty = pa.schema([self.schema.field(name) for name in new]).empty_table()
-            parts = [empty, *(segment.columns(*new).select(new) for segment in self.segments)]
-            table = pa.concat_tables(parts).combine_chunks()
-            self._columns |= zip(
-                new, (table.take(self.live) if self.manifest.tombstones else table).columns, strict=True
-            )
-        return pa.table({name: self._columns[name] for name in names})
+            empty = self._schema_of(new).empty_table()
+            table = pa.concat_tables([empty, *(segment.columns(*new).select(new) for segment in self.segments)])
+            table = table.combine_chunks().take(self.live) if self.manifest.tombstones else table.combine_chunks()
+            self._columns |= zip(new, table.columns, strict=True)
+        return pa.table([self._columns[name] for name in names], schema=self._schema_of(names))
+
+    def _schema_of(self, names: Sequence[str]) -> pa.Schema:
+        return pa.schema([self.schema.field(name) for name in names])
+
+    def take(self, positions: NDArray[np.int64], *names: str) -> pa.Table:
+        """Some columns of some rows. Where those are few, only their row groups are read."""
+        places = [self._locate(int(slot)) for slot in self.live[positions]]
+        wanted = {(segment, i) for segment, i, _ in places}
+        groups = sum(len(segment.group_starts) - 1 for segment in self.segments)
+        if "rows" in self.__dict__ or self._columns.keys() >= set(names) or len(wanted) > groups // _FEW:
+            return self.columns(*names).take(positions)
+        read = {(segment, i): segment.group(i, *names) for segment, i in wanted}
+        found = [read[segment, i].slice(row, 1).select(names) for segment, i, row in places]
+        return pa.concat_tables([self._schema_of(names).empty_table(), *found])
 
     @functools.cached_property
     def paths(self) -> list[str]:

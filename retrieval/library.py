@@ -246,7 +246,7 @@ class Library:
             return Matches(qualified=qualified)
         hits = self.store.search(vector[None, :], k, mask)
         found = hits.rows[0][(hits.rows[0] >= 0) & (hits.scores[0] >= threshold)]
-        rows = self.store.snapshot.columns("id", "path", "path_bytes", "width", "height", "taken_at").take(found)
+        rows = self.store.snapshot.take(found, "id", "path", "path_bytes", "width", "height", "taken_at")
         return Matches(
             (
                 Match(path, float(score), self.root / path, row["width"], row["height"], row["taken_at"], row["id"])
