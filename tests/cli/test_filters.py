@@ -22,7 +22,7 @@ def indexed(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         exif = Image.Exif()
         exif.get_ifd(0x8769)[0x9003] = f"{2018 + i}:05:31 23:59:59"
-        Image.new("RGB", (100 * (i + 1), 300), (40 * i, 200, 90)).save(path, exif=exif)
+        Image.new("RGB", (100 * (i + 1), 300), (40 * i, 200, 90)).save(path, exif=exif.tobytes())
         os.utime(path, (0, datetime(2010 + i, 12, 31, 23, 59).timestamp()))
     assert result(diptych("index", root, "--json"))["added"] == 6
     return root

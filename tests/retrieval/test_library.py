@@ -98,7 +98,7 @@ def dated(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         exif = Image.Exif()
         exif.get_ifd(0x8769)[0x9003] = f"2021:{month:02d}:15 12:00:00"
-        Image.new("RGB", (10 * month, 60), (255, month, 0)).save(path, exif=exif)
+        Image.new("RGB", (10 * month, 60), (255, month, 0)).save(path, exif=exif.tobytes())
         os.utime(path, (0, datetime(2000 + month, 1, 1, 12).timestamp()))
     library = Library.create(root, encoder=ColourEncoder())
     library.index()
@@ -135,7 +135,7 @@ def test_filters_join_with_folder_threshold_and_what_changes(dated):
     assert sorted(found(dated, "red", below="first", where=wide)) == ["first/05.jpg", "first/06.png"]
     assert dated.search("red", below="first").qualified == 6
     assert dated.search("red", k=3).qualified == 12
-    high = dated.search("red", where=wide, threshold=0.99)
+    high = dated.search("red", where=wide, threshold=1.1)
     assert (high, high.qualified) == ([], 8)
     assert (dated.search("red", k=0, where=wide), dated.search("red", k=0, where=wide).qualified) == ([], 8)
     (dated.root / "first" / "05.jpg").unlink()
