@@ -131,7 +131,7 @@ def page(encoder: Encoder, records: list[Record], file: Path) -> None:
     results = []
     for query, rows, found in zip(QUERIES, hits.rows, hits.scores, strict=True):
         matches = [
-            Match(pictures[row].name, float(score), pictures[row], None, None, None)
+            Match(pictures[row].name, float(score), pictures[row], None, None, None, int(row))
             for row, score in zip(rows, found, strict=True)
         ]
         results.append((query, matches))

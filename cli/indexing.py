@@ -73,6 +73,42 @@ def search(
     avoid: Annotated[list[str] | None, typer.Option("--not", help="What the picture should not show.")] = None,
     top: Annotated[int, typer.Option("--top", "-t", min=1, help="How many results.")] = 10,
     threshold: Annotated[float, typer.Option(help="Only pictures with at least this score (a cosine).")] = -1.0,
+    path: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--path", metavar="GLOB", help="Only these files or folders, as in .gitignore; !GLOB leaves them out."
+        ),
+    ] = None,
+    taken: Annotated[
+        str | None,
+        typer.Option(metavar="DATES", help="Only pictures taken then: 2021, 2021-05.., ..2020 or 2019..2021-06-30."),
+    ] = None,
+    modified: Annotated[
+        str | None, typer.Option(metavar="DATES", help="Only files changed then; dates as for --taken.")
+    ] = None,
+    width: Annotated[
+        str | None, typer.Option(metavar="PIXELS", help="Only pictures so wide: 640, 1000.., ..500 or 1000..2000.")
+    ] = None,
+    height: Annotated[str | None, typer.Option(metavar="PIXELS", help="Only pictures so high.")] = None,
+    orientation: Annotated[
+        list[str] | None, typer.Option(metavar="WORD", help="Only landscape, portrait or square pictures.")
+    ] = None,
+    type_: Annotated[
+        list[str] | None, typer.Option("--type", metavar="SUFFIX", help="Only files of this type; jpeg is jpg, too.")
+    ] = None,
+    words: Annotated[
+        str | None, typer.Option(metavar="WORDS", help="Only pictures with all of these in their captions or labels.")
+    ] = None,
+    ids: Annotated[
+        typer.FileBinaryRead | None,
+        typer.Option(metavar="FILE", help="Only the rows with these ids (in --json's output), one a line; - is stdin."),
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONDITION", help="Only pictures of which this holds: \"width > 1000 and type == 'png'\"."
+        ),
+    ] = None,
     folder: Annotated[Path, typer.Option("--folder", "-C", help="Search as if started in this folder.")] = Path(),
     all_: Annotated[
         bool, typer.Option("--all", help="The whole index, not only this folder and those below it.")
@@ -89,14 +125,30 @@ def search(
     preprocess: PreprocessOption = None,
 ) -> None:
     """Find photos by sentence, by example, or both. Scores are cosines."""
+    from indexes.filters import criteria, read_ids
+
     if math.isnan(threshold):
         raise typer.BadParameter("it must be a number", param_hint="--threshold")
     terms = _terms(query or [], like or [], avoid or [])
     library = open_library(folder, index, model, device=device, threads=threads, preprocess=preprocess)
+    below = "" if all_ else library.below(folder)
+    condition = criteria(
+        library.store.schema,
+        folder=below,
+        path=path or [],
+        taken_in=taken,
+        modified_in=modified,
+        width=width,
+        height=height,
+        orientations=orientation or [],
+        types=type_ or [],
+        containing=words,
+        among=read_ids(ids, ids.name) if ids else None,
+        where=where,
+    )
     if not no_indexing:
         _catch_up(library)
-    below = "" if all_ else library.below(folder)
-    matches = library.search(terms, top, below=below, threshold=threshold)
+    matches = library.search(terms, top, below=below, where=condition, threshold=threshold)
     if html or open_:
         from retrieval.report import write_results_page
 
@@ -107,8 +159,8 @@ def search(
         render.paths(matches)
     elif not html and not open_:
         render.matches(matches)
-    if not matches and not json:
-        render.note("nothing found" + ("" if len(library.store) else f": {library.root} has no pictures in its index"))
+    if not json or condition is not None:
+        render.few(matches, library, filtered=condition is not None, asked=top)
 
 
 @app.command()

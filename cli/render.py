@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from retrieval.evaluation import Comparison, Evaluation
     from retrieval.indexing import IndexReport
-    from retrieval.library import Library, Match, Term
+    from retrieval.library import Library, Match, Matches, Term
 
 _SHOWN_FAILURES = 20
 
@@ -110,6 +110,7 @@ def match_fields(match: Match) -> dict[str, Any]:
         "width": match.width,
         "height": match.height,
         "taken_at": match.taken_at,
+        "id": match.id,
     }
 
 
@@ -135,6 +136,16 @@ def matches(found: Sequence[Match]) -> None:
         table.add_row(f"{match.score:.3f}", Text(_printable(_from_here(match.file))), size, taken)
     if found:
         _print_table(table)
+
+
+def few(found: Matches, library: Library, filtered: bool, asked: int) -> None:
+    """Why fewer came out than were asked for: a filter that leaves too few, or no pictures at all."""
+    total = len(library.store)
+    left = f"{found.qualified:,} of {total:,} pictures qualif{'ies' if found.qualified == 1 else 'y'}"
+    if filtered and found.qualified < asked and total:
+        note(left if found else f"nothing found: {left}")
+    elif not found:
+        note("nothing found" + ("" if total else f": {library.root} has no pictures in its index"))
 
 
 def _from_here(file: Path) -> str:

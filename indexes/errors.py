@@ -6,6 +6,7 @@ DiptychError
 │   ├── StoreLocked         another process is writing to it
 │   ├── StoreCorrupt        a file of it is damaged
 │   └── ModelMismatch       it was made with another model
+├── FilterError             a filter that cannot be applied: an unknown column, values of different types
 ├── VectorError             vectors that cannot be compared: wrong width, zero, NaN
 └── (retrieval.errors: ImageError, ModelError, DataError, MissingExtra)
 
@@ -39,3 +40,7 @@ class ModelMismatch(StoreError):
 
 class VectorError(DiptychError):
     """Vectors that cannot be compared: wrong width, zero length, NaN or infinite."""
+
+
+class FilterError(DiptychError):
+    """A filter that cannot be applied or read: an unknown column, values of different types, a malformed range."""

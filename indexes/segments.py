@@ -24,7 +24,7 @@ from indexes.vectors import Vectors
 FAILURES = "failures.parquet"
 _GROUP = 2048  # rows read at a time when a few are wanted: 2 MB of embeddings at 512 dimensions
 _ONE_PAGE = {b"diptych.embedding": b"one page for each row group"}
-_ESCAPE = "surrogatepass" if os.name == "nt" else "surrogateescape"  # as Python itself reads file names
+ESCAPE = "surrogatepass" if os.name == "nt" else "surrogateescape"  # as Python itself reads file names
 
 _NAME = [pa.field("path", pa.string(), nullable=False), pa.field("path_bytes", pa.binary())]
 _ROW = [
@@ -120,7 +120,7 @@ def names(table: pa.Table) -> list[str]:
     raw = table["path_bytes"]
     if raw.null_count < len(raw):
         for i in np.flatnonzero(raw.is_valid().to_numpy()):
-            out[i] = raw[int(i)].as_py().decode("utf-8", _ESCAPE)
+            out[i] = raw[int(i)].as_py().decode("utf-8", ESCAPE)
     return out
 
 
@@ -221,10 +221,10 @@ class Segment:
         with _reading(self.file):
             return self._open().read(list(names), use_threads=False)
 
-    def group(self, i: int) -> pa.Table:
-        """One row group, all columns."""
+    def group(self, i: int, *names: str) -> pa.Table:
+        """One row group: some columns, or all."""
         with _reading(self.file):
-            return self._open().read_row_group(i)
+            return self._open().read_row_group(i, columns=list(names) or None)
 
     def halves(self, i: int) -> NDArray[np.float16]:
         """The embeddings of one row group as stored: (n, D) float16, a view of the mapped file."""
@@ -330,7 +330,7 @@ def _name(path: str) -> dict[str, str | bytes | None]:
     try:
         path.encode()
     except UnicodeEncodeError:
-        raw = path.encode("utf-8", _ESCAPE)
+        raw = path.encode("utf-8", ESCAPE)
         return {"path": raw.decode("utf-8", "replace"), "path_bytes": raw}
     return {"path": path, "path_bytes": None}
 

@@ -7,7 +7,7 @@ callers see. Both rise with the id.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from indexes.segments import ROW_SCHEMA, Segment, names, read_vectors, unit_rows
 from indexes.vectors import Hits, VectorIndex, Vectors, cosines, exact_search, near_best, ranked
 
 ANN_FILE = "vectors.faiss"
+_FEW = 8  # one row group in so many at most is read for single rows; for more, whole columns are
 _HELD = 256 << 20  # bytes of vectors, widened to float32, that exact search holds; more are read a block at a time
 _BLOCK = 16_384  # rows
 
@@ -38,6 +39,8 @@ class Snapshot:
             held.get(ref) or Segment(folder / SEGMENTS / ref.file, ref.rows, dim) for ref in manifest.segments
         ]
         self._starts = np.cumsum([0, *(segment.rows for segment in self.segments)], dtype=np.int64)
+        self._columns: dict[str, pa.ChunkedArray] = {}
+        self._groups: dict[tuple[Segment, int, tuple[str, ...]], pa.Table] = {}
 
     @classmethod
     def open(cls, folder: Path, before: Snapshot | None = None) -> Snapshot:
@@ -84,6 +87,39 @@ class Snapshot:
         table = pa.concat_tables(tables).combine_chunks()
         return table.take(self.live) if self.manifest.tombstones else table
 
+    @property
+    def schema(self) -> pa.Schema:
+        """Names and types of the columns of `rows`."""
+        return ROW_SCHEMA
+
+    def columns(self, *names: str) -> pa.Table:
+        """Some columns of `rows`; what was read once is kept."""
+        if "rows" in self.__dict__:
+            return self.rows.select(names)
+        new = [name for name in names if name not in self._columns]
+        if new:
+            empty = self._schema_of(new).empty_table()
+            table = pa.concat_tables([empty, *(segment.columns(*new).select(new) for segment in self.segments)])
+            table = table.combine_chunks().take(self.live) if self.manifest.tombstones else table.combine_chunks()
+            self._columns |= zip(new, table.columns, strict=True)
+        return pa.table([self._columns[name] for name in names], schema=self._schema_of(names))
+
+    def _schema_of(self, names: Sequence[str]) -> pa.Schema:
+        return pa.schema([self.schema.field(name) for name in names])
+
+    def take(self, positions: NDArray[np.int64], *names: str) -> pa.Table:
+        """Some columns of some rows. As long as those are few, only their row groups are read, and kept."""
+        if "rows" not in self.__dict__ and not self._columns.keys() >= set(names):
+            places = [self._locate(int(slot)) for slot in self.live[positions]]
+            wanted = {(segment, i, names) for segment, i, _ in places}
+            groups = sum(len(segment.group_starts) - 1 for segment in self.segments)
+            if len(wanted | self._groups.keys()) <= groups // _FEW:
+                self._groups |= {key: key[0].group(key[1], *names) for key in wanted - self._groups.keys()}
+                found = [self._groups[segment, i, names].slice(row, 1).select(names) for segment, i, row in places]
+                return pa.concat_tables([self._schema_of(names).empty_table(), *found])
+            self._groups.clear()
+        return self.columns(*names).take(positions)
+
     @functools.cached_property
     def paths(self) -> list[str]:
         """The exact file names, by position."""
@@ -95,7 +131,7 @@ class Snapshot:
         stored = read_vectors(self.segments, self.manifest.model.dim)
         return stored[self.live] if self.manifest.tombstones else stored
 
-    def take(self, slots: NDArray[np.int64]) -> Vectors:
+    def stored(self, slots: NDArray[np.int64]) -> Vectors:
         """Read the vectors in some slots, in any order, as unit rows. Only their part of the files is read."""
         out = np.empty((len(slots), self.manifest.model.dim), dtype=np.float32)
         inside = np.searchsorted(self._starts, slots, side="right") - 1
@@ -106,12 +142,16 @@ class Snapshot:
 
     def halves(self, position: int) -> NDArray[np.float16]:
         """One vector (D,) as it is stored."""
-        slot = int(self.live[position])
+        segment, group, row = self._locate(int(self.live[position]))
+        half: NDArray[np.float16] = segment.halves(group)[row].copy()
+        return half
+
+    def _locate(self, slot: int) -> tuple[Segment, int, int]:
+        """Segment, row group and row in it of a slot."""
         i = int(np.searchsorted(self._starts, slot, side="right")) - 1
         segment, row = self.segments[i], slot - int(self._starts[i])
         group = int(np.searchsorted(segment.group_starts, row, side="right")) - 1
-        half: NDArray[np.float16] = segment.halves(group)[row - int(segment.group_starts[group])].copy()
-        return half
+        return segment, group, row - int(segment.group_starts[group])
 
     def blocks(self, first: int = 0) -> Iterator[tuple[int, Vectors]]:
         """All vectors, deleted ones too, a row group at a time from a segment on: first slot and unit rows."""
@@ -141,7 +181,7 @@ class Snapshot:
 
         def candidates(i: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
             slots = np.sort(near[i][0])
-            stored = self.take(slots)
+            stored = self.stored(slots)
             best = near_best(stored @ queries[i], k, stored.shape[1])
             positions = slots[best] if len(self.live) == self._starts[-1] else np.searchsorted(self.live, slots[best])
             scores, beside = cosines(queries[i], stored[best]), newer.rows[i] >= 0
@@ -167,7 +207,7 @@ class Snapshot:
         columns = min(k, len(self.live))
         if allowed is not None and 4 * dim * (qualify := int(np.count_nonzero(allowed))) <= _HELD:
             positions = np.flatnonzero(allowed)
-            hits = exact_search(self.take(self.live[positions]), queries, min(k, max(1, qualify)))
+            hits = exact_search(self.stored(self.live[positions]), queries, min(k, max(1, qualify)))
             return ranked(queries, columns, lambda i: (positions[hits.rows[i]], hits.scores[i]))
         best = ranked(queries, columns, lambda _: (np.empty(0, np.int64), np.empty(0, np.float32)))
         for first, block in self.living_blocks():

@@ -14,6 +14,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from numpy.typing import ArrayLike, NDArray
 
+from indexes import filters
 from indexes.choice import EXACT, kinds
 from indexes.errors import ModelMismatch, StoreError, StoreLocked
 from indexes.manifest import MANIFEST, SEGMENTS, AnnRef, Manifest, ModelRef, Wanted, remove_leftovers, sha256_of
@@ -113,6 +114,24 @@ class Store:
     def rows(self) -> pa.Table:
         """All columns but the embeddings, one row for each position. `path` is for reading: see `paths`."""
         return self.snapshot.rows
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Names and types of the columns of `rows`."""
+        return self.snapshot.schema
+
+    def mask(self, where: filters.Condition | str) -> NDArray[np.bool_]:
+        """Find the rows that qualify, for `search`: (N,) bool. Reads only the columns that the condition names.
+
+        Args:
+            where: a pyarrow expression over the columns of `rows` and of `filters.DERIVED`, or a text as
+                `filters.parse` takes it.
+
+        Raises:
+            FilterError: it names a column that is not there, compares values of different types, or is no condition.
+
+        """
+        return filters.mask(self.snapshot, where)
 
     def paths(self) -> list[str]:
         """List the exact file name at each position, relative to the root."""

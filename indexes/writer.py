@@ -159,7 +159,7 @@ class Writer:
                 continue  # an older FAISS that does not know it
             if not rows:
                 return choice.Tuned(index, 1, 0, {}, True)
-            tuned = choice.tune(index, queries, truth, snapshot.take, wanted.recall)
+            tuned = choice.tune(index, queries, truth, snapshot.stored, wanted.recall)
             if best is None or tuned.enough or min(tuned.recall.values()) > min(best.recall.values()):
                 best = tuned
             if tuned.enough:
@@ -169,7 +169,7 @@ class Writer:
     def _sample(self, count: int) -> Vectors:
         """Stored vectors, evenly drawn, always the same."""
         live = self._snapshot.live
-        return self._snapshot.take(live[np.linspace(0, len(live) - 1, min(count, len(live))).astype(np.int64)])
+        return self._snapshot.stored(live[np.linspace(0, len(live) - 1, min(count, len(live))).astype(np.int64)])
 
     def _probe(self) -> dict[str, Vectors]:
         return {choice.STORED: self._sample(choice.PROBES)}

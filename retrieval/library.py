@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
+from indexes import filters
 from indexes.errors import StoreNotFound
+from indexes.segments import names
 from indexes.store import MANIFEST, ModelRef, Store
 from indexes.vectors import Vectors
 from retrieval.bundle import Bundle
@@ -61,6 +62,15 @@ class Match:
     width: int | None
     height: int | None
     taken_at: datetime | None
+    id: int  # of its row: what filters.ids takes
+
+
+class Matches(list[Match]):
+    """What a search found, best first. ``qualified``: how many rows the filter left it to choose from."""
+
+    def __init__(self, found: Iterable[Match] = (), qualified: int = 0) -> None:
+        super().__init__(found)
+        self.qualified = qualified
 
 
 class Library:
@@ -206,30 +216,44 @@ class Library:
     # ---- searching -----------------------------------------------------------------------------------------------
 
     def search(
-        self, query: str | Sequence[Term], k: int = 10, *, below: str = "", threshold: float = -1.0
-    ) -> list[Match]:
-        """The k pictures nearest to a query, best first; fewer if there are fewer.
+        self,
+        query: str | Sequence[Term],
+        k: int = 10,
+        *,
+        below: str = "",
+        where: filters.Condition | str | None = None,
+        threshold: float = -1.0,
+    ) -> Matches:
+        """The k pictures nearest to a query, best first; fewer only if fewer qualify, see ``qualified`` of the result.
 
         Args:
             query: a sentence, or terms whose weighted sum is searched.
             k: how many.
             below: only pictures in this folder, relative to the root.
+            where: only pictures that a filter leaves: a pyarrow expression over the columns of the rows and those of
+                ``indexes.filters.DERIVED``, or a text as ``indexes.filters.parse`` takes it.
             threshold: only pictures with at least this cosine.
+
+        Raises:
+            FilterError: the filter names a column that is not there, compares different types, or cannot be read.
         """
         terms = [Term.parse(query)] if isinstance(query, str) else list(query)
+        allowed = [self.store.mask(part) for part in (filters.below(below), where) if part is not None]
+        mask = np.logical_and.reduce(allowed) if allowed else None
         vector = self.query_vector(terms)
-        if k < 1 or not len(self.store):
-            return []
-        hits = self.store.search(vector[None, :], k, self._rows_below(below))
+        qualified = len(self.store) if mask is None else int(mask.sum())
+        if k < 1 or not qualified:
+            return Matches(qualified=qualified)
+        hits = self.store.search(vector[None, :], k, mask)
         found = hits.rows[0][(hits.rows[0] >= 0) & (hits.scores[0] >= threshold)]
-        picked = self.store.rows().take(found)
-        paths = self.store.paths()
-        return [
-            Match(
-                paths[row], float(score), self.root / paths[row], fields["width"], fields["height"], fields["taken_at"]
-            )
-            for row, score, fields in zip(found, hits.scores[0], picked.to_pylist(), strict=False)
-        ]
+        rows = self.store.snapshot.take(found, "id", "path", "path_bytes", "width", "height", "taken_at")
+        return Matches(
+            (
+                Match(path, float(score), self.root / path, row["width"], row["height"], row["taken_at"], row["id"])
+                for path, score, row in zip(names(rows), hits.scores[0], rows.to_pylist(), strict=False)
+            ),
+            qualified,
+        )
 
     def query_vector(self, terms: Sequence[Term]) -> Vectors:
         """(D,) unit vector: the normalised weighted sum of the terms' vectors. UsageError when they cancel out."""
@@ -247,12 +271,6 @@ class Library:
             raise UsageError("the parts of the query cancel each other out: change a weight or leave one out")
         unit: Vectors = total / np.float32(length)
         return unit
-
-    def _rows_below(self, below: str) -> NDArray[np.bool_] | None:
-        if not below:
-            return None
-        prefix = below + "/"
-        return np.fromiter((path.startswith(prefix) for path in self.store.paths()), bool, len(self.store))
 
 
 def _query_image(path: Path) -> Image.Image:

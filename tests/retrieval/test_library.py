@@ -6,13 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 from PIL import Image
 
-from indexes.errors import ModelMismatch, StoreNotFound
+from indexes import filters
+from indexes.errors import FilterError, ModelMismatch, StoreNotFound
 from retrieval.errors import ImageError, UsageError
 from retrieval.library import Library, Term, find_store
 from tests.fakes import COLOURS, ColourEncoder
@@ -84,6 +87,83 @@ def test_threshold_and_below(library):
     assert found(library, "red", below="holiday") == ["holiday/yellow.png"]
     assert found(library, "red", threshold=0.9) == ["red.png"]
     assert found(library, "red", threshold=0.9, below="holiday") == []
+
+
+@pytest.fixture
+def dated(tmp_path):
+    """Twelve pictures of one colour in two folders, taken one a month, of several shapes."""
+    root = tmp_path / "dated"
+    for month in range(1, 13):
+        path = root / ("first" if month < 7 else "second") / f"{month:02d}.{'jpg' if month % 2 else 'png'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0x9003] = f"2021:{month:02d}:15 12:00:00"
+        Image.new("RGB", (10 * month, 60), (255, month, 0)).save(path, exif=exif.tobytes())
+        os.utime(path, (0, datetime(2000 + month, 1, 1, 12).timestamp()))
+    library = Library.create(root, encoder=ColourEncoder())
+    library.index()
+    return library
+
+
+@pytest.mark.parametrize(
+    ("where", "months"),
+    [
+        (pc.field("width") > 100, [11, 12]),
+        (filters.taken("2021-03..2021-05"), [3, 4, 5]),
+        (filters.modified("..2002"), [1, 2]),
+        (pc.field("mtime") >= datetime(2012, 1, 1), [12]),
+        (filters.orientation("square"), [6]),
+        (filters.glob("first/*.png") | (pc.field("orientation") == "square"), [2, 4, 6]),
+        ("type == 'jpg' and folder == 'second'", [7, 9, 11]),
+        ("taken_at > '2021-10'", [11, 12]),
+        (pc.field("width") < 0, []),
+    ],
+)
+def test_filters(dated, where, months):
+    for k in (1, 3, 100):
+        matches = dated.search("red", k=k, where=where)
+        assert matches.qualified == len(months)
+        assert len(matches) == min(k, len(months))
+        assert {int(Path(match.path).stem) for match in matches} <= set(months)
+        assert [match.score for match in matches] == sorted((match.score for match in matches), reverse=True)
+    everything = {match.path: (match.score, match.id, match.taken_at) for match in dated.search("red", k=12)}
+    assert {match.path: (match.score, match.id, match.taken_at) for match in matches}.items() <= everything.items()
+
+
+def test_filters_join_with_folder_threshold_and_what_changes(dated):
+    wide = pc.field("width") >= 50
+    assert sorted(found(dated, "red", below="first", where=wide)) == ["first/05.jpg", "first/06.png"]
+    assert dated.search("red", below="first").qualified == 6
+    assert dated.search("red", k=3).qualified == 12
+    high = dated.search("red", where=wide, threshold=1.1)
+    assert (high, high.qualified) == ([], 8)
+    assert (dated.search("red", k=0, where=wide), dated.search("red", k=0, where=wide).qualified) == ([], 8)
+    (dated.root / "first" / "05.jpg").unlink()
+    paint(dated.root / "first" / "new.png", "red", size=(70, 7))
+    dated.index()
+    assert sorted(found(dated, "red", below="first", where=wide)) == ["first/06.png", "first/new.png"]
+    ids = [match.id for match in dated.search("red", k=4)]
+    assert {match.id for match in dated.search("red", k=100, where=filters.ids(ids))} == set(ids)
+
+
+def test_filters_that_cannot_be_applied_say_so_before_the_model_is_loaded(folder):
+    library = Library.create(folder, encoder=ColourEncoder())
+    for wrong, message in (
+        (pc.field("widht") > 3, "no column 'widht'"),
+        ("width > 'x'", "width holds"),
+        (3, "not int"),
+    ):
+        with pytest.raises(FilterError, match=message):
+            library.search("red", where=wrong)
+    empty = library.search("red", where="width > 3")
+    assert (empty, empty.qualified) == ([], 0)
+
+
+def test_a_search_reads_no_more_of_the_rows_than_it_needs(dated):
+    fresh = Library.open(dated.root, encoder=ColourEncoder())
+    fresh.search("red", where="width > 20")
+    assert not {"rows", "paths"} & set(fresh.store.snapshot.__dict__)
+    assert "caption" not in fresh.store.snapshot._columns
 
 
 def test_the_query_is_the_normalised_weighted_sum(library, folder):

@@ -42,7 +42,7 @@ class Page(HTMLParser):
 
 
 def match(file: Path, score: float = 0.25) -> Match:
-    return Match(file.name, score, file, None, None, None)
+    return Match(file.name, score, file, None, None, None, 0)
 
 
 @pytest.fixture
