@@ -677,7 +677,7 @@ def test_few_rows_are_taken_from_their_row_groups(tmp_path, monkeypatch):
     assert snapshot._columns == {}
 
 
-@pytest.mark.parametrize("factory", [None, "Flat", "IVF4,Flat"])
+@pytest.mark.parametrize("factory", [None, "Flat", "IVF1,Flat"])
 @pytest.mark.parametrize(
     "where",
     [F("width") > 20, F("width") < 3, F("caption").is_valid(), F("width") < 0, filters.glob("1/"), "width == 13"],
@@ -704,5 +704,5 @@ def test_k_results_whenever_k_rows_qualify(store, factory, where):
         hits = store.search(queries, k, allowed)
         expected = brute(store.vectors(), queries, k, allowed)
         assert (hits.rows >= 0).sum(axis=1).tolist() == [min(k, len(qualify))] * 3
-        if factory != "IVF4,Flat":
+        if factory != "IVF1,Flat":
             assert np.array_equal(hits.rows, expected.rows)
