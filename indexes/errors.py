@@ -6,6 +6,7 @@ DiptychError
 │   ├── StoreLocked         another process is writing to it
 │   ├── StoreCorrupt        a file of it is damaged
 │   └── ModelMismatch       it was made with another model
+├── ColumnError             a column of metadata has a name or a value that cannot be stored
 ├── VectorError             vectors that cannot be compared: wrong width, zero, NaN
 └── (retrieval.errors: ImageError, ModelError, DataError, MissingExtra)
 
@@ -39,3 +40,7 @@ class ModelMismatch(StoreError):
 
 class VectorError(DiptychError):
     """Vectors that cannot be compared: wrong width, zero length, NaN or infinite."""
+
+
+class ColumnError(DiptychError):
+    """A column of metadata has a name that is taken, or a value of a kind that cannot be stored."""

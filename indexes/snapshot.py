@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from indexes.errors import StoreCorrupt, StoreError
 from indexes.manifest import SEGMENTS, Manifest
-from indexes.segments import ROW_SCHEMA, Segment, names, read_vectors, unit_rows
+from indexes.segments import Segment, names, read_rows, read_vectors, unit_rows
 from indexes.vectors import Hits, VectorIndex, Vectors, cosines, exact_search, ranked
 
 ANN_FILE = "vectors.faiss"
@@ -79,8 +79,7 @@ class Snapshot:
     @functools.cached_property
     def rows(self) -> pa.Table:
         """All columns but the embeddings, by position."""
-        tables = [ROW_SCHEMA.empty_table(), *(segment.columns(*ROW_SCHEMA.names) for segment in self.segments)]
-        table = pa.concat_tables(tables).combine_chunks()
+        table = read_rows(self.segments).combine_chunks()
         return table.take(self.live) if self.manifest.tombstones else table
 
     @functools.cached_property

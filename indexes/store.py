@@ -110,7 +110,10 @@ class Store:
         return self.snapshot.manifest.rows
 
     def rows(self) -> pa.Table:
-        """All columns but the embeddings, one row for each position. `path` is for reading: see `paths`."""
+        """All columns but the embeddings, one row for each position; extra ones of any row last.
+
+        `path` is for reading: see `paths`.
+        """
         return self.snapshot.rows
 
     def paths(self) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
+from indexes.columns import unified
 from indexes.errors import StoreError
 from indexes.manifest import SEGMENTS, AnnRef, SegmentRef, remove_leftovers, sha256_of
 from indexes.segments import (
@@ -20,6 +21,7 @@ from indexes.segments import (
     Failure,
     Row,
     encode_rows,
+    extra_columns,
     read_failures,
     with_embeddings,
     write_failures,
@@ -66,6 +68,7 @@ class Writer:
         Raises:
             VectorError: the vector has another width, or is zero, NaN or infinite.
             ValueError, TypeError: a value of the row has a wrong type.
+            ColumnError: an extra column has a name that is taken, or a value of a kind that cannot be stored.
             StoreError: a commit was due and failed.
 
         """
@@ -106,7 +109,8 @@ class Writer:
                 if self._failures:
                     failures = self._write_failures()
                 if self._new:
-                    segments = (*segments, self._write_segment([self._table()]))
+                    table = self._table()
+                    segments = (*segments, self._write_segment([table], extra_columns(table.schema)))
                 dead = tuple(sorted({*manifest.tombstones, *self._dead}))
                 self._swap(next_id=self._next_id, segments=segments, tombstones=dead, failures=failures)
             self._settle()
@@ -186,10 +190,10 @@ class Writer:
         rows = encode_rows({row_id: new.row for row_id, new in self._new.items()})
         return with_embeddings(rows, np.stack([new.half for new in self._new.values()]))
 
-    def _write_segment(self, tables: Iterable[pa.Table]) -> SegmentRef:
+    def _write_segment(self, tables: Iterable[pa.Table], extra: pa.Schema) -> SegmentRef:
         manifest = self._snapshot.manifest
         name = f"{manifest.generation + 1:08d}.parquet"  # of the commit that is to name it: never used before
-        return write_segment(self._store.path / SEGMENTS / name, tables, manifest.model.dim)
+        return write_segment(self._store.path / SEGMENTS / name, tables, manifest.model.dim, extra)
 
     def _write_failures(self) -> int:
         file = self._store.path / FAILURES
@@ -234,7 +238,7 @@ class Writer:
                     table = segment.group(i)
                     yield table.filter(pa.array(~np.isin(table["id"].to_numpy(), dead)))
 
-        merged = self._write_segment(living())
+        merged = self._write_segment(living(), unified(segment.extra for segment in snapshot.segments[first:]))
         begin = snapshot.slot_ids[sum(segment.rows for segment in snapshot.segments[:first])]
         ann = manifest.ann
         self._swap(
