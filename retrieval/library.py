@@ -144,12 +144,14 @@ class Library:
             UsageError, DataError: it is not there, or nothing that can be indexed.
         """
         corpus = recognise(folder, texts, images)
-        given, folder = folder.expanduser().absolute(), corpus.root if corpus else folder.expanduser().absolute()
+        folder = corpus.root if corpus else folder.expanduser().absolute()
         name = encoder.name if encoder else lasting_spec(model)
         encoder = encoder or load_encoder(model, **loading)  # type: ignore[arg-type]
         inside = index is None and os.access(folder, os.W_OK)
-        beside = corpus.store if corpus else folder / STORE_NAME
-        place = beside if inside else (index or _outside_store(given)).expanduser().absolute()
+        beside, outside = folder / STORE_NAME, _outside_store(folder)
+        if corpus and corpus.store != beside:
+            beside, outside = corpus.store, _outside_store(corpus.store)
+        place = beside if inside else (index or outside).expanduser().absolute()
         reference = ModelRef(name, encoder.fingerprint, encoder.dim)
         source = corpus.source if corpus else None
         return cls(Store.create(place, None if inside else folder, reference, source), encoder, **loading)
@@ -187,7 +189,7 @@ class Library:
             StoreLocked, StoreError: the new place of the pictures cannot be noted.
         """
         source = self.store.source
-        other = given.expanduser().absolute() != self.place and not given.expanduser().is_dir()
+        other = not given.expanduser().is_dir() and given.expanduser().resolve() != self.place.resolve()
         if other or (texts and self.unit != "sentences") or (images and not (source and source.kind == LIST)):
             what = "the sentences of " if self.unit == "sentences" else "the pictures of "
             raise UsageError(
@@ -215,9 +217,9 @@ class Library:
     def below(self, folder: Path) -> str:
         """A folder as the store names it: relative to the root, "" for the root itself and for folders outside it.
 
-        Also "" for the file of a corpus.
+        Also "" for the file of a corpus, and always where sentences are indexed, which lie in no folder.
         """
-        if self.store.source is not None and not folder.expanduser().is_dir():
+        if self.unit == "sentences" or (self.store.source is not None and not folder.expanduser().is_dir()):
             return ""
         try:
             relative = folder.expanduser().resolve().relative_to(self.root.resolve())
@@ -388,8 +390,8 @@ def find_store(folder: Path) -> Path | None:
     Of a file or a pattern: the one beside it.
     """
     if folder.is_file() or is_pattern(folder):
-        beside = (store_beside(folder), _outside_store(folder))
-        return next((store for store in beside if (store / MANIFEST).is_file()), None)
+        beside = store_beside(folder)
+        return next((store for store in (beside, _outside_store(beside)) if (store / MANIFEST).is_file()), None)
     for place in (folder, *folder.parents):
         for store in (place / STORE_NAME, _outside_store(place)):
             if (store / MANIFEST).is_file():

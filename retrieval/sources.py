@@ -59,7 +59,9 @@ def check_given(given: Path) -> Path:
         raise UsageError(f"{given} is an address: download it first, only files on this machine are indexed")
     absolute = given.expanduser().absolute()
     if not absolute.exists() and not is_pattern(absolute):
-        raise UsageError(f"there is no folder or file {given}")
+        raise UsageError(f"there is no folder {given}, nor a file of that name")
+    if absolute.exists() and not absolute.is_dir() and not absolute.is_file():
+        raise UsageError(f"{given} is not a folder, nor a regular file")
     return absolute
 
 
@@ -114,7 +116,7 @@ def _root_and_name(given: Path) -> tuple[Path, str]:
     parts = given.parts
     first = next((i for i, part in enumerate(parts) if "{" in part), len(parts)) if is_pattern(given) else len(parts)
     root = Path(*parts[: min(first, len(parts) - 1)])
-    return root, given.relative_to(root).as_posix()
+    return root.resolve(), given.relative_to(root).as_posix()
 
 
 def _is_folder_of_tars(folder: Path) -> bool:
@@ -331,8 +333,10 @@ def _column_name(name: str, others: Container[str]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value as a column can hold it: what has parts of its own becomes JSON, bytes and NaN are left out."""
-    if isinstance(value, bool | str | date):  # a datetime is a date
+    """A value as a column can hold it: parts of its own become JSON; empty text, bytes and NaN are no value."""
+    if isinstance(value, str):
+        return value or None
+    if isinstance(value, bool | date):  # a datetime is a date
         return value
     if isinstance(value, int):
         return value if -(2**63) <= value < 2**63 else str(value)

@@ -53,7 +53,8 @@ class _Roles:
 def _table_rows(roles: _Roles, images: list[Any], columns: dict[str, list[Any]]) -> list[Row]:
     """One row per picture, from the columns beside them."""
     nothing = [None] * len(images)
-    texts, labels, splits = (columns.pop(name or "", nothing) for name in (roles.texts, roles.labels, roles.split))
+    own = (roles.texts, roles.labels, roles.split)
+    texts, labels, splits = (nothing if name is None else columns.pop(name, nothing) for name in own)
     extras = zip(*columns.values(), strict=True) if columns else iter([()] * len(images))
     return [
         Row(image, strings(text), strings(label), None if split is None else str(split), dict(zip(columns, extra)))  # noqa: B905
