@@ -665,10 +665,17 @@ def test_what_a_name_stands_for(shards, pictures):
         corpus = recognise(source)
         assert (corpus and corpus.source.kind) == kind, source
     assert recognise(pictures / "a.jsonl", texts=True).source.kind == "texts"
+    for part in ("train", "val"):
+        for number in (0, 1):
+            write_tar(pictures / part / f"s-{number}.tar", {"0.png": painted("red")})
     braces = pictures / "{train,val}" / "s-{0..1}.tar"
     corpus = recognise(braces)
     assert (corpus.root, corpus.source.path) == (pictures, "{train,val}/s-{0..1}.tar")
     assert corpus.store == pictures / "{train,val}-s-{0..1}.tar.diptych"
+    library = made(braces)
+    assert counts(library.index()) == did(added=4, embedded=4)
+    assert "val/s-1.tar/0.png" in library.store.paths()
+    assert counts(again(braces).index()) == did(skipped=4)
 
 
 def test_options_that_do_not_fit(shards, pictures):
