@@ -664,7 +664,7 @@ def test_what_a_name_stands_for(shards, pictures):
     for source, kind in kinds.items():
         corpus = recognise(source)
         assert (corpus and corpus.source.kind) == kind, source
-    assert recognise(pictures / "a.jsonl", texts=True).source.kind == "texts"
+    assert recognise(pictures / "c.jsonl", texts=True).source.kind == "texts"
     for part in ("train", "val"):
         for number in (0, 1):
             write_tar(pictures / part / f"s-{number}.tar", {"0.png": painted("red")})
