@@ -86,6 +86,8 @@ def recognise(given: Path, texts: bool = False, images: Path | None = None) -> C
     else:
         root, name = _root_and_name(given)
         kind = TARS if is_pattern(given) or _is_tar(given) else _kind_of_list(given, texts)
+    if images and not images.expanduser().is_dir():
+        raise DataError(f"{images}: there is no such folder of pictures")
     if kind == TARS:
         list_shards(given)  # raises DataError where some that a pattern stands for are missing
     if images and kind == TARS:

@@ -714,6 +714,8 @@ def test_options_that_do_not_fit(shards, pictures):
     ):
         with pytest.raises(UsageError, match=said):
             recognise(source, **options)
+    with pytest.raises(DataError, match="there is no such folder of pictures"):
+        recognise(write_jsonl(pictures / "l.jsonl", [{"image": "red.png"}]), images=pictures / "nowhere")
     with pytest.raises(UsageError, match="not a folder, nor a regular file"):
         recognise(Path(os.devnull))
     with pytest.raises(DataError, match="is itself a picture"):
