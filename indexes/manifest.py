@@ -155,7 +155,8 @@ def _parsed(fields: dict[str, Any]) -> Manifest:
 def _parsed_source(fields: dict[str, Any] | None) -> SourceRef | None:
     if fields is None:
         return None
-    source = SourceRef(**{**fields, "files": tuple((str(f[0]), int(f[1]), int(f[2])) for f in fields["files"])})
+    files = tuple((str(name), int(size), int(mtime_ns)) for name, size, mtime_ns in fields["files"])
+    source = SourceRef(**{**fields, "files": files})
     if (
         not isinstance(source.kind, str)
         or not isinstance(source.path, str)
