@@ -7,6 +7,7 @@ DiptychError
 │   ├── StoreCorrupt        a file of it is damaged
 │   └── ModelMismatch       it was made with another model
 ├── FilterError             a filter that cannot be applied: an unknown column, values of different types
+├── ColumnError             a column of metadata has a name or a value that cannot be stored
 ├── VectorError             vectors that cannot be compared: wrong width, zero, NaN
 └── (retrieval.errors: ImageError, ModelError, DataError, MissingExtra)
 
@@ -44,3 +45,7 @@ class VectorError(DiptychError):
 
 class FilterError(DiptychError):
     """A filter that cannot be applied or read: an unknown column, values of different types, a malformed range."""
+
+
+class ColumnError(DiptychError):
+    """A column of metadata has a name that is taken, or a value of a kind that cannot be stored."""

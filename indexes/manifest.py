@@ -31,11 +31,15 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class SegmentRef:
-    """One immutable file of rows below ``segments/``; ``rows`` counts deleted ones too, as long as they are in it."""
+    """One immutable file of rows below ``segments/``; ``rows`` counts deleted ones too, as long as they are in it.
+
+    ``texts`` of them are sentences, the others pictures.
+    """
 
     file: str
     rows: int
     sha256: str
+    texts: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,21 @@ class AnnRef:
 
 
 @dataclass(frozen=True)
+class SourceRef:
+    """Where rows come from if not from the files of the root itself; what it means is the caller's business.
+
+    ``kind`` says how ``path`` (of a file, relative to the root or absolute) is read, and ``images`` is the folder of
+    the pictures that it names, if that was told. ``files`` are the name, size and time of change (ns) of what was read
+    when all of it had been taken in.
+    """
+
+    kind: str
+    path: str
+    images: str | None = None
+    files: tuple[tuple[str, int, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What an index folder holds at one moment. Every commit writes the next ``generation``."""
 
@@ -101,6 +120,7 @@ class Manifest:
     ann: AnnRef | None = None
     wanted: Wanted = field(default_factory=Wanted)
     failures: int = 0
+    source: SourceRef | None = None  # None: the files of the root
 
     @property
     def stored(self) -> int:
@@ -159,9 +179,10 @@ def _parsed(fields: dict[str, Any]) -> Manifest:
         ann=_ann(fields["ann"]) if fields["ann"] else None,
         wanted=Wanted(**fields.get("wanted", {})),
         failures=fields["counts"]["failures"],
+        source=_parsed_source(fields.get("source")),
     )
     numbers = [manifest.model.dim, manifest.generation, manifest.next_id, manifest.failures, *manifest.tombstones]
-    numbers += [segment.rows for segment in manifest.segments]
+    numbers += [number for segment in manifest.segments for number in (segment.rows, segment.texts)]
     if not all(type(number) is int and number >= 0 for number in numbers) or fields["format"] != FORMAT:
         raise ValueError("a number is not what it should be")
     if not all(_SEGMENT_NAME.fullmatch(segment.file) for segment in manifest.segments):  # never a path out of here
@@ -176,6 +197,20 @@ def _parsed(fields: dict[str, Any]) -> Manifest:
 def _ann(fields: dict[str, Any]) -> AnnRef:
     measured = fields.get("measured")
     return AnnRef(**{**fields, "measured": Measured(**measured) if measured else None})
+
+
+def _parsed_source(fields: dict[str, Any] | None) -> SourceRef | None:
+    if fields is None:
+        return None
+    files = tuple((str(name), int(size), int(mtime_ns)) for name, size, mtime_ns in fields["files"])
+    source = SourceRef(**{**fields, "files": files})
+    if (
+        not isinstance(source.kind, str)
+        or not isinstance(source.path, str)
+        or not isinstance(source.images, str | None)
+    ):
+        raise ValueError("its source is none")
+    return source
 
 
 @contextlib.contextmanager

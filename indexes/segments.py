@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from indexes import runtime
+from indexes.columns import aligned, check_names, decode_columns, encode_columns, is_extra, storable, unified
 from indexes.manifest import SegmentRef, damaged, replacing, sha256_of
 from indexes.vectors import Vectors
 
@@ -42,6 +43,8 @@ _ROW = [
     pa.field("caption", pa.string()),
 ]
 ROW_SCHEMA = pa.schema(_ROW)
+NO_COLUMNS = pa.schema([])
+_TAKEN = frozenset({*ROW_SCHEMA.names, "embedding"})
 _FAILURE_SCHEMA = pa.schema(
     [
         *_NAME,
@@ -69,6 +72,9 @@ class Row:
         latitude: degrees north.
         longitude: degrees east.
         caption: a sentence about it.
+        columns: whatever else is known, by names that are none of these nor ``id``, ``path_bytes`` or ``embedding``:
+            bool, int, float, str, datetime or date, lists of str. See `indexes.columns`; None is the same as nothing,
+            and a list comes back as a list.
 
     """
 
@@ -83,6 +89,7 @@ class Row:
     latitude: float | None = None
     longitude: float | None = None
     caption: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -100,18 +107,31 @@ class Failure:
 
 
 def encode_rows(rows: dict[int, Row]) -> pa.Table:
-    """Turn rows by id into columns, without embeddings. Raises ValueError or TypeError for a value of a wrong type."""
-    return pa.Table.from_pylist(
-        [{**asdict(row), "id": i, **_name(row.path), "caption": _text(row.caption)} for i, row in rows.items()],
-        schema=ROW_SCHEMA,
-    )
+    """Turn rows by id into columns, without embeddings; extra columns come last.
+
+    Raises:
+        ValueError, TypeError: a value has a wrong type.
+        ColumnError: an extra column has a name that is taken, or a value of a kind that no column holds.
+
+    """
+    fields = []
+    for i, row in rows.items():
+        check_names(row.columns, _TAKEN)
+        own = asdict(replace(row, columns={}))
+        fields.append({**own, "id": i, **_name(row.path), "caption": _text(row.caption)})
+    table = pa.Table.from_pylist(fields, schema=ROW_SCHEMA)
+    extra = encode_columns([row.columns for row in rows.values()])
+    for name in extra.column_names:
+        table = table.append_column(name, extra[name])
+    return table
 
 
 def decode_row(rows: pa.Table, position: int) -> Row:
     """Turn one row of a table back into a Row."""
     one = rows.slice(position, 1)
-    fields = one.drop_columns(["id", "path_bytes"]).to_pylist()[0]
-    return Row(**{**fields, "path": names(one)[0]})
+    fields = one.select(ROW_SCHEMA.names).drop_columns(["id", "path_bytes"]).to_pylist()[0]
+    extra = decode_columns(one.drop_columns(ROW_SCHEMA.names))[0] if one.num_columns > len(ROW_SCHEMA) else {}
+    return Row(**{**fields, "path": names(one)[0], "columns": extra})
 
 
 def names(table: pa.Table) -> list[str]:
@@ -147,13 +167,33 @@ def read_failures(file: Path) -> list[Failure]:
         return [Failure(**{**one, "path": name}) for one, name in zip(fields, names(table), strict=True)]
 
 
-def write_segment(file: Path, tables: Iterable[pa.Table], dim: int) -> SegmentRef:
-    """Write rows with their embeddings as one immutable file. Raises OSError, and then there is no file."""
+def extra_columns(schema: pa.Schema) -> pa.Schema:
+    """What a table or a segment has beside the columns of every index."""
+    return pa.schema([field for field in schema if field.name not in _TAKEN])
+
+
+def with_columns(table: pa.Table, extra: pa.Schema) -> pa.Table:
+    """Rows, with or without embeddings, with exactly these extra columns, which `unified` made of theirs and others."""
+    schema = pa.schema([*ROW_SCHEMA, *extra, *(f for f in table.schema if f.name == "embedding")])
+    return aligned(table, schema)
+
+
+def write_segment(file: Path, tables: Iterable[pa.Table], dim: int, extra: pa.Schema = NO_COLUMNS) -> SegmentRef:
+    """Write rows with their embeddings as one immutable file. Raises OSError, and then there is no file.
+
+    Args:
+        file: where.
+        tables: of `encode_rows` and `with_embeddings`, or of other segments.
+        dim: the width of the embeddings.
+        extra: what `unified` makes of the tables' extra columns.
+
+    """
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    schema = _segment_schema(dim)
-    rows = 0
-    columns = [field.name for field in _ROW]
+    schema = _segment_schema(dim, extra)
+    rows = texts = 0
+    columns = [field.name for field in (*_ROW, *extra)] + [f"{field.name}.list.element" for field in extra]
     with (
         replacing(file) as stream,
         pq.ParquetWriter(
@@ -167,10 +207,11 @@ def write_segment(file: Path, tables: Iterable[pa.Table], dim: int) -> SegmentRe
         ) as writer,
     ):
         writer.add_key_value_metadata(_ONE_PAGE)
-        for table in _regrouped(tables):
+        for table in _regrouped(with_columns(table, extra) for table in tables):
             writer.write_table(table.cast(schema), row_group_size=_GROUP)
             rows += len(table)
-    return SegmentRef(file.name, rows, sha256_of(file))
+            texts += pc.sum(pc.equal(table["kind"], "text")).as_py() or 0
+    return SegmentRef(file.name, rows, sha256_of(file), texts)
 
 
 def with_embeddings(rows: pa.Table, halves: NDArray[np.float16]) -> pa.Table:
@@ -206,9 +247,17 @@ class Segment:
             opened = pq.ParquetFile(self._stream)
             if opened.metadata.num_rows != self.rows:
                 raise ValueError(f"{opened.metadata.num_rows} rows instead of {self.rows}")
-            if not opened.schema_arrow.equals(_segment_schema(self._dim)):
+            extra = list(opened.schema_arrow)[len(_ROW) : -1]
+            expected = _segment_schema(self._dim, pa.schema(extra))
+            if not opened.schema_arrow.equals(expected) or not is_extra(extra, _TAKEN):
                 raise ValueError("other columns than expected")
             return opened.metadata
+
+    @functools.cached_property
+    def extra(self) -> pa.Schema:
+        """The columns beside those of every index."""
+        with _reading(self.file):
+            return extra_columns(self._open().schema_arrow)
 
     @functools.cached_property
     def group_starts(self) -> NDArray[np.int64]:
@@ -308,9 +357,16 @@ def unit_rows(halves: NDArray[np.float16], file: Path) -> Vectors:
     return wide
 
 
-def _segment_schema(dim: int) -> pa.Schema:
+def read_rows(segments: Sequence[Segment]) -> pa.Table:
+    """All columns of whole segments but the embeddings, one after the other. Raises StoreCorrupt."""
+    extra = unified(segment.extra for segment in segments)
+    tables = [segment.columns(*ROW_SCHEMA.names, *segment.extra.names) for segment in segments]
+    return pa.concat_tables([with_columns(table, extra) for table in (ROW_SCHEMA.empty_table(), *tables)])
+
+
+def _segment_schema(dim: int, extra: pa.Schema = NO_COLUMNS) -> pa.Schema:
     item = pa.field("element", pa.float16(), nullable=False)
-    return ROW_SCHEMA.append(pa.field("embedding", pa.list_(item, dim), nullable=False))
+    return pa.schema([*ROW_SCHEMA, *extra, pa.field("embedding", pa.list_(item, dim), nullable=False)])
 
 
 def _regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -336,8 +392,7 @@ def _name(path: str) -> dict[str, str | bytes | None]:
 
 
 def _text(text: str | None) -> str | None:
-    """Text that Parquet can hold: half a surrogate pair becomes a question mark."""
-    return None if text is None else text.encode("utf-8", "replace").decode()
+    return None if text is None else storable(text)
 
 
 @contextmanager

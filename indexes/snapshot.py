@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from indexes.columns import aligned, unified
 from indexes.errors import StoreCorrupt, StoreError
 from indexes.manifest import SEGMENTS, Manifest
-from indexes.segments import ROW_SCHEMA, Segment, names, read_vectors, unit_rows
+from indexes.segments import ROW_SCHEMA, Segment, names, read_rows, read_vectors, unit_rows
 from indexes.vectors import Hits, VectorIndex, Vectors, cosines, exact_search, near_best, ranked
 
 ANN_FILE = "vectors.faiss"
@@ -83,14 +84,23 @@ class Snapshot:
     @functools.cached_property
     def rows(self) -> pa.Table:
         """All columns but the embeddings, by position."""
-        tables = [ROW_SCHEMA.empty_table(), *(segment.columns(*ROW_SCHEMA.names) for segment in self.segments)]
-        table = pa.concat_tables(tables).combine_chunks()
+        table = read_rows(self.segments).combine_chunks()
         return table.take(self.live) if self.manifest.tombstones else table
 
-    @property
+    @functools.cached_property
     def schema(self) -> pa.Schema:
         """Names and types of the columns of `rows`."""
-        return ROW_SCHEMA
+        return pa.schema([*ROW_SCHEMA, *unified(segment.extra for segment in self.segments)])
+
+    @functools.cached_property
+    def texts(self) -> NDArray[np.bool_]:
+        """Which positions hold a sentence, and not a picture."""
+        if not any(segment.texts for segment in self.manifest.segments):
+            return np.zeros(len(self.live), dtype=np.bool_)
+        import pyarrow.compute as pc
+
+        found: NDArray[np.bool_] = pc.equal(self.columns("kind")["kind"], "text").to_numpy()
+        return found
 
     def columns(self, *names: str) -> pa.Table:
         """Some columns of `rows`; what was read once is kept."""
@@ -98,8 +108,9 @@ class Snapshot:
             return self.rows.select(names)
         new = [name for name in names if name not in self._columns]
         if new:
-            empty = self._schema_of(new).empty_table()
-            table = pa.concat_tables([empty, *(segment.columns(*new).select(new) for segment in self.segments)])
+            schema = self._schema_of(new)
+            tables = [aligned(segment.columns(*new), schema) for segment in self.segments]
+            table = pa.concat_tables([schema.empty_table(), *tables])
             table = table.combine_chunks().take(self.live) if self.manifest.tombstones else table.combine_chunks()
             self._columns |= zip(new, table.columns, strict=True)
         return pa.table([self._columns[name] for name in names], schema=self._schema_of(names))
@@ -114,9 +125,10 @@ class Snapshot:
             wanted = {(segment, i, names) for segment, i, _ in places}
             groups = sum(len(segment.group_starts) - 1 for segment in self.segments)
             if len(wanted | self._groups.keys()) <= groups // _FEW:
-                self._groups |= {key: key[0].group(key[1], *names) for key in wanted - self._groups.keys()}
-                found = [self._groups[segment, i, names].slice(row, 1).select(names) for segment, i, row in places]
-                return pa.concat_tables([self._schema_of(names).empty_table(), *found])
+                schema, new = self._schema_of(names), wanted - self._groups.keys()
+                self._groups |= {key: aligned(key[0].group(key[1], *names), schema) for key in new}
+                found = [self._groups[segment, i, names].slice(row, 1) for segment, i, row in places]
+                return pa.concat_tables([schema.empty_table(), *found])
             self._groups.clear()
         return self.columns(*names).take(positions)
 

@@ -17,13 +17,23 @@ from numpy.typing import ArrayLike, NDArray
 from indexes import filters
 from indexes.choice import EXACT, kinds
 from indexes.errors import ModelMismatch, StoreError, StoreLocked
-from indexes.manifest import MANIFEST, SEGMENTS, AnnRef, Manifest, ModelRef, Wanted, remove_leftovers, sha256_of
+from indexes.manifest import (
+    MANIFEST,
+    SEGMENTS,
+    AnnRef,
+    Manifest,
+    ModelRef,
+    SourceRef,
+    Wanted,
+    remove_leftovers,
+    sha256_of,
+)
 from indexes.segments import FAILURES, Failure, Row, decode_row, read_failures
 from indexes.snapshot import ANN_FILE, Snapshot
 from indexes.vectors import Hits, Vectors, as_vectors, check_search, check_width
 from indexes.writer import Writer, cannot_write
 
-__all__ = ["MANIFEST", "Failure", "ModelRef", "Row", "Store", "Wanted", "Writer"]
+__all__ = ["MANIFEST", "Failure", "ModelRef", "Row", "SourceRef", "Store", "Wanted", "Writer"]
 
 _LOCK = "write.lock"
 _STALE_ROWS = 1000  # searched exactly beside the FAISS file in under a millisecond …
@@ -42,7 +52,7 @@ class Store:
         self.snapshot = snapshot
 
     @classmethod
-    def create(cls, path: Path, root: Path | None, model: ModelRef) -> Store:
+    def create(cls, path: Path, root: Path | None, model: ModelRef, source: SourceRef | None = None) -> Store:
         """Make an empty index.
 
         Args:
@@ -50,6 +60,7 @@ class Store:
             root: the folder that the rows' paths are relative to. None: the one that the index folder lies in, and then
                 both can be moved together.
             model: what makes the vectors.
+            source: where the rows come from, if not from the files of the root.
 
         Raises:
             StoreError: there is an index already, or the folder cannot be written.
@@ -61,7 +72,7 @@ class Store:
             with _locked(path, 0):
                 if (path / MANIFEST).exists():
                     raise StoreError(f"there is an index at {path} already: open it, or delete that folder first")
-                Manifest(model, None if root is None else str(root.absolute())).write(path)
+                Manifest(model, None if root is None else str(root.absolute()), source=source).write(path)
         except OSError as error:
             raise cannot_write(path, error) from error
         return cls.open(path)
@@ -90,6 +101,11 @@ class Store:
         root = self.snapshot.manifest.root
         return self.path.parent if root is None else Path(root)
 
+    @property
+    def source(self) -> SourceRef | None:
+        """Where the rows come from; None: from the files of the root."""
+        return self.snapshot.manifest.source
+
     def check_model(self, fingerprint: str, name: str) -> None:
         """Refuse a model whose vectors cannot be compared with the stored ones. Raises ModelMismatch."""
         if fingerprint != self.model.fingerprint:
@@ -112,7 +128,10 @@ class Store:
         return self.snapshot.manifest.rows
 
     def rows(self) -> pa.Table:
-        """All columns but the embeddings, one row for each position. `path` is for reading: see `paths`."""
+        """All columns but the embeddings, one row for each position; extra ones of any row last.
+
+        `path` is for reading: see `paths`.
+        """
         return self.snapshot.rows
 
     @property
@@ -132,6 +151,10 @@ class Store:
 
         """
         return filters.mask(self.snapshot, where)
+
+    def texts(self) -> NDArray[np.bool_]:
+        """Which positions hold a sentence, and not a picture: (N,)."""
+        return self.snapshot.texts
 
     def paths(self) -> list[str]:
         """List the exact file name at each position, relative to the root."""

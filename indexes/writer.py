@@ -15,13 +15,15 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from indexes import choice
+from indexes.columns import unified
 from indexes.errors import StoreError, VectorError
-from indexes.manifest import SEGMENTS, AnnRef, SegmentRef, Wanted, remove_leftovers, sha256_of
+from indexes.manifest import SEGMENTS, AnnRef, SegmentRef, SourceRef, Wanted, remove_leftovers, sha256_of
 from indexes.segments import (
     FAILURES,
     Failure,
     Row,
     encode_rows,
+    extra_columns,
     read_failures,
     with_embeddings,
     write_failures,
@@ -68,6 +70,7 @@ class Writer:
         Raises:
             VectorError: the vector has another width, or is zero, NaN or infinite.
             ValueError, TypeError: a value of the row has a wrong type.
+            ColumnError: an extra column has a name that is taken, or a value of a kind that cannot be stored.
             StoreError: a commit was due and failed.
 
         """
@@ -108,13 +111,21 @@ class Writer:
                 if self._failures:
                     failures = self._write_failures()
                 if self._new:
-                    segments = (*segments, self._write_segment([self._table()]))
+                    table = self._table()
+                    segments = (*segments, self._write_segment([table], extra_columns(table.schema)))
                 dead = tuple(sorted({*manifest.tombstones, *self._dead}))
                 self._swap(next_id=self._next_id, segments=segments, tombstones=dead, failures=failures)
             self._settle()
             self._failures = {}
         self._since = None
         self._compact()
+
+    def note_source(self, source: SourceRef) -> None:
+        """Commit, and then note where the rows come from and what of it has been read. Raises StoreError."""
+        self.commit()
+        if source != self._snapshot.manifest.source:
+            with self._writing():
+                self._swap(source=source)
 
     def rebuild_index(self, wanted: Wanted, probes: Mapping[str, Vectors]) -> None:
         """Merge everything into one segment and build the FAISS file over it; see Store.rebuild_index."""
@@ -233,10 +244,10 @@ class Writer:
         rows = encode_rows({row_id: new.row for row_id, new in self._new.items()})
         return with_embeddings(rows, np.stack([new.half for new in self._new.values()]))
 
-    def _write_segment(self, tables: Iterable[pa.Table]) -> SegmentRef:
+    def _write_segment(self, tables: Iterable[pa.Table], extra: pa.Schema) -> SegmentRef:
         manifest = self._snapshot.manifest
         name = f"{manifest.generation + 1:08d}.parquet"  # of the commit that is to name it: never used before
-        return write_segment(self._store.path / SEGMENTS / name, tables, manifest.model.dim)
+        return write_segment(self._store.path / SEGMENTS / name, tables, manifest.model.dim, extra)
 
     def _write_failures(self) -> int:
         file = self._store.path / FAILURES
@@ -281,7 +292,7 @@ class Writer:
                     table = segment.group(i)
                     yield table.filter(pa.array(~np.isin(table["id"].to_numpy(), dead)))
 
-        merged = self._write_segment(living())
+        merged = self._write_segment(living(), unified(segment.extra for segment in snapshot.segments[first:]))
         begin = snapshot.slot_ids[sum(segment.rows for segment in snapshot.segments[:first])]
         ann = manifest.ann
         self._swap(

@@ -5,26 +5,30 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from indexes import filters
 from indexes.errors import StoreNotFound
-from indexes.segments import names
+from indexes.segments import ROW_SCHEMA, names
 from indexes.store import MANIFEST, ModelRef, Store
 from indexes.vectors import Vectors
 from retrieval.bundle import Bundle
 from retrieval.encoders import BUILTIN, Encoder, data_folder, find_bundle, lasting_spec, load_encoder
 from retrieval.errors import ImageError, UsageError
 from retrieval.images import MAX_PIXELS, read_photo
-from retrieval.indexing import IndexReport, Progress, Run, make_plan
+from retrieval.indexing import IndexReport, Progress, Run, Source
+from retrieval.pair_formats import is_pattern
+from retrieval.pairs import Picture
+from retrieval.sources import LIST, OFFSET, TEXTS, named, open_source, recognise, store_beside
 
 STORE_NAME = ".diptych"
 _MAX_WEIGHT = 1000  # beside it, nothing else in the query counts
@@ -54,7 +58,12 @@ class Term:
 
 @dataclass(frozen=True)
 class Match:
-    """One picture found. ``score`` is the cosine between query and picture, from -1 to 1."""
+    """One picture or sentence found. ``score`` is the cosine between it and the query, from -1 to 1.
+
+    ``file`` is where a picture lies; inside a tar, the tar's path with the name in it behind. ``picture`` has its bytes
+    wherever it lies. A sentence is the ``caption`` of a match of kind "text", whose path is that of the picture it is
+    about, or "". ``columns`` are whatever else the index knows of it.
+    """
 
     path: str
     score: float
@@ -63,6 +72,10 @@ class Match:
     height: int | None
     taken_at: datetime | None
     id: int  # of its row: what filters.ids takes
+    kind: str = "image"
+    caption: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    picture: Picture | None = field(default=None, compare=False)
 
 
 class Matches(list[Match]):
@@ -74,7 +87,7 @@ class Matches(list[Match]):
 
 
 class Library:
-    """A folder of photos with its index. Get one from :meth:`open` or :meth:`create`.
+    """A folder of photos, or a corpus that is none, with its index. Get one from :meth:`open` or :meth:`create`.
 
     >>> library = Library.create(Path("~/Pictures").expanduser())  # doctest: +SKIP
     >>> library.index()  # doctest: +SKIP
@@ -92,6 +105,8 @@ class Library:
     ) -> Library:
         """Open the index that covers a folder: its own, that of a folder above it, or the one at ``index``.
 
+        Instead of a folder it may be what a corpus was made from: a file, or a pattern of tars.
+
         Raises:
             StoreNotFound: there is none.
             ModelMismatch: ``encoder`` is not the model the index was made with.
@@ -99,7 +114,8 @@ class Library:
         folder = path.expanduser().absolute()
         found = index or find_store(folder)
         if found is None:
-            raise StoreNotFound(f"no index for {folder} or a folder above it: make one with  diptych index {folder}")
+            above = " or a folder above it" if folder.is_dir() else ""
+            raise StoreNotFound(f"no index for {folder}{above}: make one with  diptych index {folder}")
         library = cls(Store.open(found), encoder, **loading)
         if encoder is not None:
             library.store.check_model(encoder.fingerprint, encoder.name)
@@ -113,22 +129,40 @@ class Library:
         index: Path | None = None,
         encoder: Encoder | None = None,
         model: str = BUILTIN,
+        texts: bool = False,
+        images: Path | None = None,
         **loading: object,
     ) -> Library:
-        """Make an empty index for a folder; nothing is read yet.
+        """Make an empty index for a folder, a list of pictures, tars or sentences; nothing is encoded yet.
 
-        The store lies in ``FOLDER/.diptych``, at ``index`` if given, or below ``$XDG_DATA_HOME/diptych`` when the
-        folder cannot be written to.
+        The store lies in ``FOLDER/.diptych`` (of a file in ``FILE.diptych`` beside it), at ``index`` if given, or below
+        ``$XDG_DATA_HOME/diptych`` when the folder cannot be written to.
+
+        Args:
+            folder: of pictures, or of tars; or a file or a pattern that :func:`retrieval.pairs.read_pairs` reads; or
+                sentences, one a line or in a table or JSON without pictures.
+            index: where the store is to lie.
+            encoder: the model itself.
+            model: or its name.
+            texts: index the sentences instead of the pictures.
+            images: where the pictures lie that a file lists.
+            **loading: what `load_encoder` takes.
+
+        Raises:
+            UsageError, DataError: it is not there, or nothing that can be indexed.
         """
-        folder = folder.expanduser().absolute()
-        if not folder.is_dir():
-            raise UsageError(f"{folder} is not a folder" if folder.exists() else f"there is no folder {folder}")
+        corpus = recognise(folder, texts, images)
+        folder = corpus.root if corpus else folder.expanduser().absolute()
         name = encoder.name if encoder else lasting_spec(model)
         encoder = encoder or load_encoder(model, **loading)  # type: ignore[arg-type]
         inside = index is None and os.access(folder, os.W_OK)
-        place = folder / STORE_NAME if inside else (index or _outside_store(folder)).expanduser().absolute()
+        beside, outside = folder / STORE_NAME, _outside_store(folder)
+        if corpus and corpus.store != beside:
+            beside, outside = corpus.store, _outside_store(corpus.store)
+        place = beside if inside else (index or outside).expanduser().absolute()
         reference = ModelRef(name, encoder.fingerprint, encoder.dim)
-        return cls(Store.create(place, root=None if inside else folder, model=reference), encoder, **loading)
+        source = corpus.source if corpus else None
+        return cls(Store.create(place, None if inside else folder, reference, source), encoder, **loading)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -141,11 +175,57 @@ class Library:
 
     @property
     def root(self) -> Path:
-        """The indexed folder."""
+        """The indexed folder; of a file, the folder that it lies in."""
         return self.store.root
 
+    @property
+    def source(self) -> Source:
+        """Where the rows come from."""
+        return open_source(self.root, self.store.source)
+
+    @property
+    def place(self) -> Path:
+        """What is indexed: the folder, or the file or pattern of a corpus."""
+        source = self.store.source
+        return self.root / source.path if source else self.root
+
+    def check_source(self, given: Path, texts: bool = False, images: Path | None = None) -> None:
+        """Refuse to index something else into this index than it was made from; the pictures may lie elsewhere now.
+
+        Raises:
+            UsageError: it was made from something else.
+            StoreLocked, StoreError: the new place of the pictures cannot be noted.
+        """
+        source = self.store.source
+        other = not given.expanduser().is_dir() and given.expanduser().resolve() != self.place.resolve()
+        if other or (texts and self.unit != "sentences") or (images and not (source and source.kind == LIST)):
+            what = "the sentences of " if self.unit == "sentences" else "the pictures of "
+            raise UsageError(
+                f"the index at {self.store.path} was made from {what}{self.place}: make a second one with --index PATH"
+            )
+        if images and source:
+            place = named(images.expanduser().absolute(), self.root)
+            if place != source.images:
+                with self.store.write() as writer:
+                    writer.note_source(replace(source, images=place, files=()))
+
+    @property
+    def unit(self) -> str:
+        """What is counted while it is indexed: images or sentences."""
+        return "sentences" if self.store.source and self.store.source.kind == TEXTS else "images"
+
+    def counts(self) -> dict[str, int]:
+        """How many pictures and how many sentences the index holds."""
+        texts = int(self.store.texts().sum())
+        return {"pictures": len(self.store) - texts, "texts": texts}
+
     def below(self, folder: Path) -> str:
-        """A folder as the store names it: relative to the root, "" for the root itself and for folders outside it."""
+        """A folder as the store names it: relative to the root, "" for the root itself and for folders outside it.
+
+        Also "" for the file of a corpus, and always where sentences are indexed, which lie in no folder.
+        """
+        if self.unit == "sentences" or (self.store.source is not None and not folder.expanduser().is_dir()):
+            return ""
         try:
             relative = folder.expanduser().resolve().relative_to(self.root.resolve())
         except ValueError:
@@ -156,7 +236,7 @@ class Library:
 
     def pending(self, below: str = "") -> int:
         """How many files an :meth:`index` run would touch now: a look at names, sizes and times only."""
-        return make_plan(self, below).pending
+        return self.source.plan(self, below).pending
 
     def catch_up(self, progress: Progress | None = None) -> int:
         """Take in what changed if that is a matter of a second or two; the number of files left for :meth:`index`.
@@ -188,7 +268,7 @@ class Library:
             UsageError: the folder is gone; or it is empty, and the index, which lies elsewhere, knows pictures in it.
         """
         with self.store.write(wait=wait) as writer:
-            plan = make_plan(self, below)
+            plan = self.source.plan(self, below)
             elsewhere = not self.store.path.is_relative_to(self.root)  # else the drive is there, for the index is
             if elsewhere and plan.missing and not plan.unchanged and not plan.todo and not below:
                 raise UsageError(
@@ -223,8 +303,11 @@ class Library:
         below: str = "",
         where: filters.Condition | str | None = None,
         threshold: float = -1.0,
+        kind: str | None = None,
     ) -> Matches:
-        """The k pictures nearest to a query, best first; fewer only if fewer qualify, see ``qualified`` of the result.
+        """The k pictures (or sentences) nearest to a query, best first.
+
+        They are fewer only if fewer qualify: see ``qualified`` of the result.
 
         Args:
             query: a sentence, or terms whose weighted sum is searched.
@@ -233,27 +316,48 @@ class Library:
             where: only pictures that a filter leaves: a pyarrow expression over the columns of the rows and those of
                 ``indexes.filters.DERIVED``, or a text as ``indexes.filters.parse`` takes it.
             threshold: only pictures with at least this cosine.
+            kind: "image" or "text"; None is pictures, or sentences if the index holds nothing else.
 
         Raises:
             FilterError: the filter names a column that is not there, compares different types, or cannot be read.
         """
+        if kind not in (None, "image", "text"):
+            raise ValueError(f"kind is image or text, not {kind!r}")
         terms = [Term.parse(query)] if isinstance(query, str) else list(query)
-        allowed = [self.store.mask(part) for part in (filters.below(below), where) if part is not None]
-        mask = np.logical_and.reduce(allowed) if allowed else None
+        mask = self._mask(below, where, kind)
         vector = self.query_vector(terms)
         qualified = len(self.store) if mask is None else int(mask.sum())
         if k < 1 or not qualified:
             return Matches(qualified=qualified)
         hits = self.store.search(vector[None, :], k, mask)
         found = hits.rows[0][(hits.rows[0] >= 0) & (hits.scores[0] >= threshold)]
-        rows = self.store.snapshot.take(found, "id", "path", "path_bytes", "width", "height", "taken_at")
+        rows = self.store.snapshot.take(found, *self.store.schema.names)
+        source = self.source
         return Matches(
             (
-                Match(path, float(score), self.root / path, row["width"], row["height"], row["taken_at"], row["id"])
-                for path, score, row in zip(names(rows), hits.scores[0], rows.to_pylist(), strict=False)
+                self._match(source, path, float(score), fields)
+                for path, score, fields in zip(names(rows), hits.scores[0], rows.to_pylist(), strict=False)
             ),
             qualified,
         )
+
+    def _mask(self, below: str, where: filters.Condition | str | None, kind: str | None) -> NDArray[np.bool_] | None:
+        """Which rows may be found; None: all. Sentences lie in no folder."""
+        texts = self.store.texts()
+        sought = kind or ("text" if len(texts) and texts.all() else "image")
+        inside = filters.below(below) if sought == "image" else None
+        allowed = [self.store.mask(part) for part in (inside, where) if part is not None]
+        of_kind = texts == (sought == "text")
+        if not of_kind.all():
+            allowed.append(of_kind)
+        return np.logical_and.reduce(allowed) if allowed else None
+
+    def _match(self, source: Source, path: str, score: float, fields: Mapping[str, Any]) -> Match:
+        own = {name: fields[name] for name in ("width", "height", "taken_at", "id", "kind", "caption")}
+        hidden = {*ROW_SCHEMA.names, OFFSET}
+        columns = {name: value for name, value in fields.items() if name not in hidden and value is not None}
+        picture = source.picture(path, fields) if fields["kind"] == "image" else None
+        return Match(path, score, self.root / path if path else self.place, **own, columns=columns, picture=picture)
 
     def query_vector(self, terms: Sequence[Term]) -> Vectors:
         """(D,) unit vector: the normalised weighted sum of the terms' vectors. UsageError when they cancel out."""
@@ -286,8 +390,9 @@ def describe(library: Library) -> dict[str, Any]:
     failures = [{"path": str(library.root / f.path), "reason": f.reason} for f in store.failures()]
     return {
         "folder": str(library.root),
+        **({"source": str(library.place)} if store.source else {}),
         "index": str(store.path),
-        "pictures": len(store),
+        **library.counts(),
         "model": store.model.name,
         "fingerprint": store.model.fingerprint,
         "dim": store.model.dim,
@@ -297,7 +402,13 @@ def describe(library: Library) -> dict[str, Any]:
 
 
 def find_store(folder: Path) -> Path | None:
-    """The store that covers a folder: in it or the nearest folder above, as git looks for ``.git``."""
+    """The store that covers a folder: in it or the nearest folder above, as git looks for ``.git``.
+
+    Of a file or a pattern: the one beside it.
+    """
+    if folder.is_file() or is_pattern(folder):
+        beside = store_beside(folder)
+        return next((store for store in (beside, _outside_store(beside)) if (store / MANIFEST).is_file()), None)
     for place in (folder, *folder.parents):
         for store in (place / STORE_NAME, _outside_store(place)):
             if (store / MANIFEST).is_file():
