@@ -17,6 +17,7 @@ from indexes.errors import StoreCorrupt, StoreError, StoreNotFound
 MANIFEST = "manifest.json"
 SEGMENTS = "segments"
 FORMAT = 1
+UNVERIFIED = "unverified"  # in place of a fingerprint: a model that was only named, by who imported its vectors
 _SEGMENT_NAME = re.compile(r"\d{8}\.parquet")
 
 

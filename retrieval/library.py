@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from indexes.errors import StoreNotFound
-from indexes.store import MANIFEST, ModelRef, Store
+from indexes.store import MANIFEST, UNVERIFIED, ModelRef, Store
 from indexes.vectors import Vectors
 from retrieval.bundle import Bundle
 from retrieval.encoders import BUILTIN, Encoder, data_folder, find_bundle, lasting_spec, load_encoder
@@ -115,8 +115,7 @@ class Library:
             raise UsageError(f"{folder} is not a folder" if folder.exists() else f"there is no folder {folder}")
         name = encoder.name if encoder else lasting_spec(model)
         encoder = encoder or load_encoder(model, **loading)  # type: ignore[arg-type]
-        inside = index is None and os.access(folder, os.W_OK)
-        place = folder / STORE_NAME if inside else (index or _outside_store(folder)).expanduser().absolute()
+        place, inside = place_for(folder, index)
         reference = ModelRef(name, encoder.fingerprint, encoder.dim)
         return cls(Store.create(place, root=None if inside else folder, model=reference), encoder, **loading)
 
@@ -126,7 +125,7 @@ class Library:
         if self._given is not None:
             return self._given
         encoder = load_encoder(self.store.model.name, **self._loading)  # type: ignore[arg-type]
-        self.store.check_model(encoder.fingerprint, encoder.name)
+        self.store.check_model(encoder.fingerprint, self.store.model.name)  # a bundle may call itself otherwise
         return encoder
 
     @property
@@ -199,7 +198,7 @@ class Library:
             bundle = Bundle.load(folder)
             if bundle.compute_fingerprint() != bundle.fingerprint:
                 problems.append(f"the model in {folder} is damaged: its files do not fit its fingerprint")
-            if bundle.fingerprint != self.store.model.fingerprint:
+            if self.store.model.fingerprint not in (bundle.fingerprint, UNVERIFIED):
                 problems.append(f"the model in {folder} is not the one that this index was made with")
         return problems
 
@@ -285,6 +284,12 @@ def find_store(folder: Path) -> Path | None:
             if (store / MANIFEST).is_file():
                 return store
     return None
+
+
+def place_for(folder: Path, index: Path | None) -> tuple[Path, bool]:
+    """Where a new store of a folder goes, and whether that is its own place inside the folder."""
+    inside = index is None and os.access(folder, os.W_OK)
+    return folder / STORE_NAME if inside else (index or _outside_store(folder)).expanduser().absolute(), inside
 
 
 def _outside_store(folder: Path) -> Path:
