@@ -145,7 +145,8 @@ def import_(
 
 def _told(report: ImportReport) -> list[str]:
     rows = report.rows
-    lines = [f"imported {rows.images:,} pictures and {rows.texts:,} texts into {report.path}"]
+    texts = f" and {rows.texts:,} texts" if rows.texts else ""
+    lines = [f"imported {rows.images:,} pictures{texts} into {report.path}"]
     if rows.repeated:
         lines.append(f"{rows.repeated:,} rows name a picture again, with the same vector: each is in the index once")
     if rows.missing:

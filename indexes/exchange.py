@@ -12,6 +12,7 @@ one picture and its caption.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -227,17 +228,16 @@ def made_by(parts: Sequence[Part]) -> ModelRef | None:
 def open_vectors(file: Path) -> NDArray[Any]:
     """Map a .npy file of vectors, (N, D) numbers, as they are on the disk. Raises ExchangeError."""
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        with file.open("rb") as stream:
+            if stream.read(6) != b"\x93NUMPY":
+                raise ExchangeError(
+                    f"{file} is no .npy file: write the vectors with numpy.save (pickles are never loaded)"
+                )
+        array: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise ExchangeError(f"{file} is missing") from None
     except (ValueError, EOFError, OSError) as error:
-        reason = str(error).partition(".")[0]
-        if "pickle" in reason or "Python objects" in reason:
-            reason = "it holds Python objects, and those are never loaded: save numbers"
-        raise ExchangeError(f"{file} is no array of vectors: {reason}") from error
-    if not isinstance(array, np.ndarray):
-        array.close()
-        raise ExchangeError(f"{file} is an archive of arrays (.npz): save the one with the vectors as .npy")
+        raise ExchangeError(f"{file} is no array of vectors: {error}") from error
     if array.ndim != 2 or not array.shape[1] or array.dtype.kind not in "fiu":
         raise ExchangeError(f"{file} holds {array.dtype} of shape {array.shape}: vectors are numbers, one row each")
     return array
@@ -357,7 +357,9 @@ def _foreign(part: Part, table: pa.Table, roles: Roles) -> tuple[dict[str, Any],
 
 def _column(part: Part, table: pa.Table, wanted: str | None, usual: Sequence[str]) -> str | None:
     if wanted is not None and wanted not in table.column_names:
-        raise ExchangeError(f"{part.metadata} has no column {wanted!r}: its columns are {_some(table.column_names)}")
+        raise ExchangeError(
+            f"{part.metadata} has no column {wanted!r}: its columns are {_some(table.column_names, 20)}"
+        )
     return wanted or next((name for name in usual if name in table.column_names), None)
 
 
@@ -372,7 +374,7 @@ def _relative(part: Part, kinds: Any, paths: Any, root: Path) -> pa.Array:
             if kinds is None or kinds[i].as_py() != "text":
                 raise ExchangeError(
                     f"{part.metadata} does not say which picture row {i} is: name the column of paths with "
-                    f"--path-column; its columns are {_some(read_table(part.metadata).column_names)}"
+                    f"--path-column; its columns are {_some(read_table(part.metadata).column_names, 20)}"
                 )
             out.append(b"")
             continue
@@ -405,11 +407,17 @@ def _below(name: str, roots: Sequence[str]) -> str | None:
     return None if name in (".", "..") or name.startswith("../") else name
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "")
+def _some(names: Sequence[str], most: int = _SHOWN) -> str:
+    return ", ".join(map(repr, names[:most])) + (", …" if len(names) > most else "")
 
 
 # ---- writing the index -----------------------------------------------------------------------------------------------
+
+
+def check_free(path: Path) -> None:
+    """Refuse a place for an index that is taken. Raises StoreError."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise StoreError(f"there is something at {path} already: delete it first, or name another place with --index")
 
 
 def import_parts(
@@ -454,8 +462,7 @@ def import_parts(
             f"{parts[0].vectors} has vectors of width {arrays[0].shape[1]}, and those of {model.name} have {model.dim}"
             ": name the model that made them with --model"
         )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise StoreError(f"there is something at {path} already: delete it first, or make the index with --index PATH")
+    check_free(path)
     described = [_checked(part, len(array), roles, root) for part, array in zip(parts, arrays, strict=True)]
     kept = _first_of_each(parts, arrays, [table.paths for table in described])
     counts = dict.fromkeys(("images", "texts", "repeated", "missing", "changed"), 0)
@@ -549,7 +556,7 @@ class _Facts:
         """Rows as `_described` gives them, with all columns of an index."""
         exact = table["path_bytes"].combine_chunks()
         kinds = pc.fill_null(table["kind"], "image").to_pylist()
-        told = zip(*(table[name].to_pylist() for name in ("size", "mtime_ns", "hash")), strict=True)
+        told = zip(*(table[name].to_pylist() for name in ("size", "mtime_ns", "hash", "caption")), strict=True)
         paths = [value.decode("utf-8", _ESCAPE) for value in exact.to_pylist()]
         with ThreadPoolExecutor(runtime.thread_count()) as pool:
             facts = list(pool.map(self._fact, paths, kinds, told))
@@ -568,11 +575,15 @@ class _Facts:
         }
         return pa.table({**own, **{name: table[name] for name in table.column_names if name not in own}})
 
-    def _fact(self, path: str, kind: str, told: tuple[int | None, int | None, str | None]) -> tuple[int, int, str, str]:
-        size, mtime_ns, content = told
+    def _fact(
+        self, path: str, kind: str, told: tuple[int | None, int | None, str | None, str | None]
+    ) -> tuple[int, int, str, str]:
+        """Size, time and hash of one file (or text), and whether that is missing or changed."""
+        size, mtime_ns, content, text = told
         recorded = (size or 0, mtime_ns or 0, content or "")
         if kind == "text":
-            return (*recorded, "")
+            data = (text or "").encode()
+            return (*recorded, "") if content else (len(data), 0, hashlib.sha256(data).hexdigest(), "")
         file = self.root / path
         try:
             info = file.stat()

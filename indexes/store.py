@@ -94,7 +94,8 @@ class Store:
             if name == self.model.name:
                 return
             raise ModelMismatch(
-                f"the vectors in {self.path} were imported as those of {self.model.name}: leave out --model, or make a second index with --index PATH"
+                f"the vectors in {self.path} were imported as those of {self.model.name}: leave out --model, or "
+                "make a second index with --index PATH"
             )
         if fingerprint != self.model.fingerprint:
             same = " in another version" if name == self.model.name else f", not with {name}"

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexes.errors import ModelMismatch
-from indexes.exchange import Imported, Part, Progress, Roles, find_parts, import_parts, made_by, width_of
+from indexes.exchange import Imported, Part, Progress, Roles, check_free, find_parts, import_parts, made_by, width_of
 from indexes.store import UNVERIFIED, ModelRef, Store
 from indexes.vectors import as_vectors
 from retrieval.bundle import Bundle
@@ -88,8 +88,9 @@ def import_vectors(
     if not root.is_dir():
         raise UsageError(f"there is no folder {root}: name the one that holds the pictures with --root")
     parts = find_parts(source.expanduser(), metadata and metadata.expanduser(), kind)
-    made, encoder = _model(parts, model, unverified, loading)
     path, inside = place_for(root, index)
+    check_free(path)
+    made, encoder = _model(parts, model, unverified, loading, width_of(parts))
     agreement: float | None = None
 
     def check(store: Store) -> None:
@@ -117,7 +118,7 @@ def import_vectors(
 
 
 def _model(
-    parts: list[Part], spec: str | None, unverified: bool, loading: dict[str, object]
+    parts: list[Part], spec: str | None, unverified: bool, loading: dict[str, object], dim: int
 ) -> tuple[ModelRef, Encoder | None]:
     """What made the vectors, and the encoder that is to be tried on them, if any."""
     told = made_by(parts)
@@ -128,7 +129,7 @@ def _model(
             )
         return told, None
     if unverified:
-        return ModelRef(lasting_spec(spec), UNVERIFIED, width_of(parts)), None
+        return ModelRef(lasting_spec(spec), UNVERIFIED, dim), None
     try:
         folder = find_bundle(spec)
         if told is not None and folder is not None:  # which tells its fingerprint without being loaded
