@@ -315,7 +315,8 @@ def _described(part: Part, roles: Roles, root: Path) -> pa.Table:
     elif part.paired:
         known = {name: known[name] for name in ("kind", "path", "caption") if name in known}
         extra = extra.select([])  # what else is said, is said of the picture
-    known["path_bytes"] = _relative(part, known.get("kind"), known.pop("path"), root)
+    paths = known.pop("path")
+    known["path_bytes"] = paths if mark else _relative(part, known.get("kind"), paths, root)
     columns = {
         field.name: known[field.name].cast(field.type) if field.name in known else pa.nulls(len(table), field.type)
         for field in ROW_SCHEMA
@@ -363,13 +364,12 @@ def _column(part: Part, table: pa.Table, wanted: str | None, usual: Sequence[str
     return wanted or next((name for name in usual if name in table.column_names), None)
 
 
-def _relative(part: Part, kinds: Any, paths: Any, root: Path) -> pa.Array:
-    """The paths of a table, exact and relative to the root."""
+def _relative(part: Part, kinds: Any, paths: pa.ChunkedArray, root: Path) -> pa.Array:
+    """The paths of other people's tables, as they are written there, relative to the root."""
     roots = tuple({_slashed(str(place)).rstrip("/") + "/" for place in (root.absolute(), root.resolve())})
     out: list[bytes] = []
     outside: list[str] = []
-    for i, value in enumerate(paths.to_pylist()):
-        name = value.decode("utf-8", _ESCAPE) if isinstance(value, bytes) else value
+    for i, name in enumerate(paths.to_pylist()):
         if not name:
             if kinds is None or kinds[i].as_py() != "text":
                 raise ExchangeError(
@@ -583,19 +583,17 @@ class _Facts:
         recorded = (size or 0, mtime_ns or 0, content or "")
         if kind == "text":
             data = (text or "").encode()
-            return (*recorded, "") if content else (len(data), 0, hashlib.sha256(data).hexdigest(), "")
+            return (*recorded, "") if content is not None else (len(data), 0, hashlib.sha256(data).hexdigest(), "")
         file = self.root / path
         try:
             info = file.stat()
             if not stat.S_ISREG(info.st_mode):
                 return (*recorded, "missing")
             now = (info.st_size, info.st_mtime_ns)
-            if content and recorded[:2] == now:
-                return (*recorded, "")
-            if content:
-                same = size == info.st_size and sha256_of(file) == content
-                return (*now, content, "") if same else (*recorded, "changed")
-            return (*now, sha256_of(file) if self.hashing else "", "")
+            if size is None or recorded[:2] == now:
+                return (*now, content or (sha256_of(file) if self.hashing else ""), "")
+            same = size == info.st_size and sha256_of(file) == content
+            return (*now, content or "", "") if same else (*recorded, "changed")
         except (OSError, ValueError):  # ValueError: a null byte in a name
             return (*recorded, "missing")
 

@@ -73,9 +73,7 @@ def texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         firsts = [next((str(item) for item in value or () if item is not None), None) for value in column.to_pylist()]
         return pa.chunked_array([pa.array(firsts, pa.string())])
-    if not (_is_text(kind) or pa.types.is_null(kind)):
-        column = pa.chunked_array([pa.array([_shown(value) for value in column.to_pylist()], pa.string())])
-    return column.cast(pa.string())
+    return column.cast(pa.string()) if _is_text(kind) else _written(column)
 
 
 def _read_parquet(file: Path) -> pa.Table:
@@ -134,11 +132,15 @@ def _storable(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return pa.chunked_array([pa.array(column.to_pylist(), _TEXTS)])
     if pa.types.is_boolean(kind) or pa.types.is_null(kind):
         return column
-    return texts(column)
+    return column.cast(pa.string()) if _is_text(kind) else _written(column)
 
 
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _written(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array([_shown(value) for value in column.to_pylist()], pa.string())])
 
 
 def _shown(value: Any) -> str | None:

@@ -48,6 +48,7 @@ def import_vectors(
     *,
     root: Path = Path(),
     index: Path | None = None,
+    encoder: Encoder | None = None,
     model: str | None = None,
     unverified: bool = False,
     metadata: Path | None = None,
@@ -67,7 +68,8 @@ def import_vectors(
         source: clip-retrieval's folder, a .npy file, or a folder that ``export_npy`` wrote.
         root: the folder of the pictures.
         index: where to make the index, if not in ``ROOT/.diptych``.
-        model: what made the vectors; None where the source tells it.
+        encoder: what made the vectors.
+        model: the same by its name; neither where the source tells it.
         unverified: the model is not at hand: its name is taken for it. Queries need it under that very name.
         metadata: the table of a .npy file.
         kind: image or text: of a .npy file whose table does not say so.
@@ -90,7 +92,7 @@ def import_vectors(
     parts = find_parts(source.expanduser(), metadata and metadata.expanduser(), kind)
     path, inside = place_for(root, index)
     check_free(path)
-    made, encoder = _model(parts, model, unverified, loading, width_of(parts))
+    made, encoder = _model(parts, encoder or model, unverified, loading, width_of(parts))
     agreement: float | None = None
 
     def check(store: Store) -> None:
@@ -118,32 +120,44 @@ def import_vectors(
 
 
 def _model(
-    parts: list[Part], spec: str | None, unverified: bool, loading: dict[str, object], dim: int
+    parts: list[Part], given: Encoder | str | None, unverified: bool, loading: dict[str, object], dim: int
 ) -> tuple[ModelRef, Encoder | None]:
     """What made the vectors, and the encoder that is to be tried on them, if any."""
     told = made_by(parts)
-    if spec is None:
+    if given is None:
         if told is None or unverified:
             raise UsageError(
                 "name the model that made the vectors with --model (builtin, NAME, ARCHITECTURE/PRETRAINED)"
             )
         return told, None
+    if not isinstance(given, str):
+        return _compared(parts, told, ModelRef(given.name, given.fingerprint, given.dim), given)
+    name = lasting_spec(given)
     if unverified:
-        return ModelRef(lasting_spec(spec), UNVERIFIED, dim), None
+        return ModelRef(name, UNVERIFIED, dim), None
     try:
-        folder = find_bundle(spec)
-        if told is not None and folder is not None:  # which tells its fingerprint without being loaded
+        folder = find_bundle(given)
+        if (
+            folder is not None and told is not None and told.fingerprint != UNVERIFIED
+        ):  # which tells its fingerprint without being loaded
             bundle = Bundle.load(folder)
-            made, encoder = ModelRef(lasting_spec(spec), bundle.fingerprint, bundle.dim), None
-        else:
-            encoder = load_encoder(spec, **loading)  # type: ignore[arg-type]
-            made = ModelRef(lasting_spec(spec), encoder.fingerprint, encoder.dim)
+            return _compared(parts, told, ModelRef(name, bundle.fingerprint, bundle.dim), None)
+        encoder = load_encoder(given, **loading)  # type: ignore[arg-type]
     except (ModelError, MissingExtra) as error:
         raise ModelError(f"{error}. If it made the vectors but is not at hand, add --unverified") from error
+    return _compared(parts, told, ModelRef(name, encoder.fingerprint, encoder.dim), encoder)
+
+
+def _compared(
+    parts: list[Part], told: ModelRef | None, made: ModelRef, encoder: Encoder | None
+) -> tuple[ModelRef, Encoder | None]:
+    """Set a model against what the tables tell. Raises ModelMismatch."""
     if told is None or told.fingerprint == UNVERIFIED:
         return made, encoder
     if told.fingerprint != made.fingerprint:
-        raise ModelMismatch(f"the vectors in {parts[0].vectors.parent} were made with {told.name}, not with {spec}")
+        raise ModelMismatch(
+            f"the vectors in {parts[0].vectors.parent} were made with {told.name}, not with {made.name}"
+        )
     return made, None
 
 

@@ -193,12 +193,13 @@ class Library:
     def check(self) -> list[str]:
         """Recompute every checksum of the index, and its model's fingerprint; a line for each thing that is wrong."""
         problems = self.store.check()
-        folder = find_bundle(self.store.model.name)
+        verified = self.store.model.fingerprint != UNVERIFIED
+        folder = find_bundle(self.store.model.name) if verified else None
         if folder is not None:
             bundle = Bundle.load(folder)
             if bundle.compute_fingerprint() != bundle.fingerprint:
                 problems.append(f"the model in {folder} is damaged: its files do not fit its fingerprint")
-            if self.store.model.fingerprint not in (bundle.fingerprint, UNVERIFIED):
+            if bundle.fingerprint != self.store.model.fingerprint:
                 problems.append(f"the model in {folder} is not the one that this index was made with")
         return problems
 
