@@ -27,7 +27,8 @@ models_app = typer.Typer(help="List, import and export models.", no_args_is_help
 app.add_typer(models_app, name="models")
 
 IndexOption = Annotated[
-    Path | None, typer.Option("--index", help="The index itself, where it does not lie in FOLDER/.diptych.")
+    Path | None,
+    typer.Option("--index", help="The index itself, where it does not lie in FOLDER/.diptych or FILE.diptych."),
 ]
 ModelOption = Annotated[
     str | None,
@@ -66,26 +67,38 @@ def _main(
 
 
 def open_library(folder: Path, index: Path | None, model: str | None, **loading: Any) -> Library:
-    """Open the index that covers a folder; `loading` is what `load_encoder` takes. Raises what Library.open does."""
-    from retrieval.encoders import load_encoder
-    from retrieval.errors import UsageError
-    from retrieval.library import Library
+    """Open the index that covers a folder or a corpus; `loading` is what `load_encoder` takes.
 
-    if not folder.expanduser().is_dir():
-        raise UsageError(f"{folder} is not a folder" if folder.exists() else f"there is no folder {folder}")
+    Raises what Library.open does.
+    """
+    from retrieval.encoders import load_encoder
+    from retrieval.library import Library
+    from retrieval.sources import check_given
+
+    check_given(folder)
     encoder = load_encoder(model, **loading) if model else None
     return Library.open(folder, index=index, encoder=encoder, **loading)
 
 
-def open_or_create(folder: Path, index: Path | None, model: str | None, **loading: Any) -> tuple[Library, bool]:
-    """Open the index that covers a folder, or make one; whether it was made."""
+def open_or_create(
+    folder: Path,
+    index: Path | None,
+    model: str | None,
+    texts: bool = False,
+    images: Path | None = None,
+    **loading: Any,
+) -> tuple[Library, bool]:
+    """Open the index that covers a folder or a corpus, or make one; whether it was made."""
     from retrieval.encoders import BUILTIN
     from retrieval.library import Library
 
     try:
-        return open_library(folder, index, model, **loading), False
+        library = open_library(folder, index, model, **loading)
     except StoreNotFound:
-        return Library.create(folder, index=index, model=model or BUILTIN, **loading), True
+        model = model or BUILTIN
+        return Library.create(folder, index=index, model=model, texts=texts, images=images, **loading), True
+    library.check_source(folder, texts, images)
+    return library, False
 
 
 def show_page(page: Path, in_browser: bool) -> None:

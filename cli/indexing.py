@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -31,9 +31,20 @@ if TYPE_CHECKING:
     from retrieval.library import Library, Term
 
 
+Kind = Literal["image", "text"]
+
+
 @app.command()
 def index(
-    folder: Annotated[Path, typer.Argument(help="The folder of photos.")] = Path(),
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder of photos; webdataset tars; a table or list of picture files; or sentences.",
+        ),
+    ] = Path(),
+    texts: Annotated[bool, typer.Option("--texts", help="Index SOURCE's sentences instead of its pictures.")] = False,
+    images: Annotated[Path | None, typer.Option(help="Where the pictures are that SOURCE lists.")] = None,
     index: IndexOption = None,
     model: ModelOption = None,
     device: DeviceOption = "cpu",
@@ -44,15 +55,16 @@ def index(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Embed a folder of photos, once; later runs take in only what was added, changed, renamed or deleted."""
+    """Embed photos or sentences, once; later runs take in only what was added, changed, renamed or deleted."""
     from retrieval.images import MAX_PIXELS
 
     max_pixels = MAX_PIXELS if max_megapixels is None else int(max_megapixels * 1e6)
-    library, created = open_or_create(folder, index, model, device=device, threads=threads, preprocess=preprocess)
+    loading = {"device": device, "threads": threads, "preprocess": preprocess}
+    library, created = open_or_create(folder, index, model, texts, images, **loading)
     below = library.below(folder)
     if below:
         render.note(f"{folder} belongs to the index of {library.root}: taking in this part of it")
-    with render.progress("indexing", "images") as advance:
+    with render.progress("indexing", library.unit) as advance:
         report = library.index(below, progress=advance, max_pixels=max_pixels, wait=LOCK_SECONDS)
     failures = [{"path": str(library.root / f.path), "reason": f.reason} for f in report.failures]
     if json:
@@ -73,7 +85,12 @@ def search(
     avoid: Annotated[list[str] | None, typer.Option("--not", help="What the picture should not show.")] = None,
     top: Annotated[int, typer.Option("--top", "-t", min=1, help="How many results.")] = 10,
     threshold: Annotated[float, typer.Option(help="Only pictures with at least this score (a cosine).")] = -1.0,
-    folder: Annotated[Path, typer.Option("--folder", "-C", help="Search as if started in this folder.")] = Path(),
+    kind: Annotated[
+        Kind | None, typer.Option(help="Find pictures or sentences; default: pictures, where there are any.")
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option("--folder", "-C", help="Search as if started in this folder; or what was indexed.")
+    ] = Path(),
     all_: Annotated[
         bool, typer.Option("--all", help="The whole index, not only this folder and those below it.")
     ] = False,
@@ -96,7 +113,7 @@ def search(
     if not no_indexing:
         _catch_up(library)
     below = "" if all_ else library.below(folder)
-    matches = library.search(terms, top, below=below, threshold=threshold)
+    matches = library.search(terms, top, below=below, threshold=threshold, kind=kind)
     if html or open_:
         from retrieval.report import write_results_page
 
@@ -108,12 +125,12 @@ def search(
     elif not html and not open_:
         render.matches(matches)
     if not matches and not json:
-        render.note("nothing found" + ("" if len(library.store) else f": {library.root} has no pictures in its index"))
+        render.note("nothing found" + ("" if len(library.store) else f": nothing of {library.place} is in its index"))
 
 
 @app.command()
 def info(
-    folder: Annotated[Path, typer.Argument(help="A folder covered by an index.")] = Path(),
+    folder: Annotated[Path, typer.Argument(help="A folder covered by an index, or what was indexed.")] = Path(),
     index: IndexOption = None,
     check: Annotated[
         bool, typer.Option("--check", help="Recompute every checksum, of the index and of its model.")
@@ -150,10 +167,10 @@ def _terms(query: list[str], like: list[Path], avoid: list[str]) -> list[Term]:
 def _catch_up(library: Library) -> None:
     """Take in what changed if that is quick; say so when it is not. Never a reason to answer nothing."""
     try:
-        with render.progress("indexing", "images") as advance:
+        with render.progress("indexing", library.unit) as advance:
             left = library.catch_up(advance)
     except (StoreError, DiptychError) as error:
         render.note(f"searching the index as it is: {error}")
         return
     if left:
-        render.note(f"{left:,} files have changed since the last run: take them in with  diptych index {library.root}")
+        render.note(f"{left:,} files have changed since the last run: take them in with  diptych index {library.place}")

@@ -88,7 +88,9 @@ def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for column in columns:
         table.add_column(
-            column, justify="left" if column in ("path", "name", "measure", "slice", "") else "right", overflow="fold"
+            column,
+            justify="left" if column in ("path", "sentence", "name", "measure", "slice", "") else "right",
+            overflow="fold",
         )
     return table
 
@@ -103,30 +105,51 @@ def describe(terms: Sequence[Term]) -> str:
 
 
 def match_fields(match: Match) -> dict[str, Any]:
-    """A match as JSON: the absolute path first."""
+    """A match as JSON: the absolute path first; of a sentence, that of its picture, or null."""
+    more: dict[str, Any] = {"columns": dict(match.columns)} if match.columns else {}
+    if match.kind == "text":
+        path = str(match.file) if match.path else None
+        return {"path": path, "text": match.caption, "score": round(match.score, 4), **more}
+    if match.caption is not None:
+        more = {"caption": match.caption, **more}
     return {
         "path": str(match.file),
         "score": round(match.score, 4),
         "width": match.width,
         "height": match.height,
         "taken_at": match.taken_at,
+        **more,
     }
 
 
 def paths(found: Sequence[Match]) -> None:
-    """One path a line, raw, for xargs and friends."""
+    """One path a line, raw, for xargs and friends; a sentence that names no picture has none."""
     for match in found:
-        _raw_line(str(match.file))
+        if match.path or match.kind != "text":
+            _raw_line(str(match.file))
 
 
 def matches(found: Sequence[Match]) -> None:
-    """A table on a terminal; score, tab, path on a pipe (tabs, newlines and backslashes in names escaped)."""
+    """A table on a terminal; score, tab, path on a pipe (tabs, newlines and backslashes in names escaped).
+
+    Of a sentence: score, tab, sentence, and where it names a picture tab, path.
+    """
     if not sys.stdout.isatty():
         for match in found:
-            name = str(match.file).replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+            name = _one_field(str(match.file))
+            if match.kind == "text":
+                name = _one_field(match.caption or "") + (f"\t{name}" if match.path else "")
             _raw_line(f"{match.score:.4f}\t{name}")
         return
     from rich.text import Text
+
+    if found and found[0].kind == "text":
+        table = _table("score", "sentence", "path")
+        for match in found:
+            path = _printable(_from_here(match.file)) if match.path else ""
+            table.add_row(f"{match.score:.3f}", Text(_printable(match.caption or "")), Text(path))
+        _print_table(table)
+        return
 
     table = _table("score", "path", "size", "taken")
     for match in found:
@@ -135,6 +158,10 @@ def matches(found: Sequence[Match]) -> None:
         table.add_row(f"{match.score:.3f}", Text(_printable(_from_here(match.file))), size, taken)
     if found:
         _print_table(table)
+
+
+def _one_field(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
 
 
 def _from_here(file: Path) -> str:
@@ -155,7 +182,10 @@ def index_report(report: IndexReport, library: Library, created: bool) -> None:
     done = [f"{getattr(report, name):,} {name}" for name in counts if getattr(report, name)]
     line = ", ".join(done) or "nothing new"
     where = f" (new index {library.store.path})" if created else ""
-    note(f"{line}; {len(library.store):,} pictures searchable{where}")
+    held = [f"{count:,} {what}" for what, count in library.counts().items() if count or what == "pictures"]
+    if library.unit == "sentences":
+        held = [f"{len(library.store):,} sentences"]
+    note(f"{line}; {' and '.join(held)} searchable{where}")
     if report.failures:
         note(f"{len(report.failures):,} could not be read; each is tried again when it changes:")
         for failure in report.failures[:_SHOWN_FAILURES]:

@@ -54,6 +54,21 @@ class AnnRef:
 
 
 @dataclass(frozen=True)
+class SourceRef:
+    """Where rows come from if not from the files of the root itself; what it means is the caller's business.
+
+    ``kind`` says how ``path`` (of a file, relative to the root or absolute) is read, and ``images`` is the folder of
+    the pictures that it names, if that was told. ``files`` are the name, size and time of change (ns) of what was read
+    when all of it had been taken in.
+    """
+
+    kind: str
+    path: str
+    images: str | None = None
+    files: tuple[tuple[str, int, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What an index folder holds at one moment. Every commit writes the next ``generation``."""
 
@@ -65,6 +80,7 @@ class Manifest:
     tombstones: tuple[int, ...] = ()  # ids of deleted rows that are still in a segment
     ann: AnnRef | None = None
     failures: int = 0
+    source: SourceRef | None = None  # None: the files of the root
 
     @property
     def stored(self) -> int:
@@ -122,6 +138,7 @@ def _parsed(fields: dict[str, Any]) -> Manifest:
         tombstones=tuple(fields["tombstones"]),
         ann=AnnRef(**fields["ann"]) if fields["ann"] else None,
         failures=fields["counts"]["failures"],
+        source=_parsed_source(fields.get("source")),
     )
     numbers = [manifest.model.dim, manifest.generation, manifest.next_id, manifest.failures, *manifest.tombstones]
     numbers += [segment.rows for segment in manifest.segments]
@@ -134,6 +151,19 @@ def _parsed(fields: dict[str, Any]) -> Manifest:
     if manifest.ann and manifest.ann.rows != sum(s.rows for s in manifest.segments[: manifest.ann.segments]):
         raise ValueError("its parts contradict each other")
     return manifest
+
+
+def _parsed_source(fields: dict[str, Any] | None) -> SourceRef | None:
+    if fields is None:
+        return None
+    source = SourceRef(**{**fields, "files": tuple((str(f[0]), int(f[1]), int(f[2])) for f in fields["files"])})
+    if (
+        not isinstance(source.kind, str)
+        or not isinstance(source.path, str)
+        or not isinstance(source.images, str | None)
+    ):
+        raise ValueError("its source is none")
+    return source
 
 
 @contextlib.contextmanager

@@ -15,13 +15,22 @@ from filelock import FileLock, Timeout
 from numpy.typing import ArrayLike, NDArray
 
 from indexes.errors import ModelMismatch, StoreError, StoreLocked
-from indexes.manifest import MANIFEST, SEGMENTS, UNVERIFIED, Manifest, ModelRef, remove_leftovers, sha256_of
+from indexes.manifest import (
+    MANIFEST,
+    SEGMENTS,
+    UNVERIFIED,
+    Manifest,
+    ModelRef,
+    SourceRef,
+    remove_leftovers,
+    sha256_of,
+)
 from indexes.segments import FAILURES, Failure, Row, decode_row, read_failures
 from indexes.snapshot import ANN_FILE, Snapshot
 from indexes.vectors import Hits, Vectors, as_vectors, check_search, check_width
 from indexes.writer import Writer, cannot_write
 
-__all__ = ["MANIFEST", "UNVERIFIED", "Failure", "ModelRef", "Row", "Store", "Writer"]
+__all__ = ["MANIFEST", "UNVERIFIED", "Failure", "ModelRef", "Row", "SourceRef", "Store", "Writer"]
 
 _LOCK = "write.lock"
 _STALE_ROWS = 1000  # searched exactly beside the FAISS file in under a millisecond …
@@ -40,7 +49,7 @@ class Store:
         self.snapshot = snapshot
 
     @classmethod
-    def create(cls, path: Path, root: Path | None, model: ModelRef) -> Store:
+    def create(cls, path: Path, root: Path | None, model: ModelRef, source: SourceRef | None = None) -> Store:
         """Make an empty index.
 
         Args:
@@ -48,6 +57,7 @@ class Store:
             root: the folder that the rows' paths are relative to. None: the one that the index folder lies in, and then
                 both can be moved together.
             model: what makes the vectors.
+            source: where the rows come from, if not from the files of the root.
 
         Raises:
             StoreError: there is an index already, or the folder cannot be written.
@@ -59,7 +69,7 @@ class Store:
             with _locked(path, 0):
                 if (path / MANIFEST).exists():
                     raise StoreError(f"there is an index at {path} already: open it, or delete that folder first")
-                Manifest(model, None if root is None else str(root.absolute())).write(path)
+                Manifest(model, None if root is None else str(root.absolute()), source=source).write(path)
         except OSError as error:
             raise cannot_write(path, error) from error
         return cls.open(path)
@@ -87,6 +97,11 @@ class Store:
         """The folder that the rows' paths are relative to."""
         root = self.snapshot.manifest.root
         return self.path.parent if root is None else Path(root)
+
+    @property
+    def source(self) -> SourceRef | None:
+        """Where the rows come from; None: from the files of the root."""
+        return self.snapshot.manifest.source
 
     def check_model(self, fingerprint: str, name: str) -> None:
         """Refuse a model whose vectors cannot be compared with the stored ones. Raises ModelMismatch."""

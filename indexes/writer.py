@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from indexes.columns import unified
 from indexes.errors import StoreError
-from indexes.manifest import SEGMENTS, AnnRef, SegmentRef, remove_leftovers, sha256_of
+from indexes.manifest import SEGMENTS, AnnRef, SegmentRef, SourceRef, remove_leftovers, sha256_of
 from indexes.segments import (
     FAILURES,
     Failure,
@@ -117,6 +117,13 @@ class Writer:
             self._failures = {}
         self._since = None
         self._compact()
+
+    def note_source(self, source: SourceRef) -> None:
+        """Commit, and then note where the rows come from and what of it has been read. Raises StoreError."""
+        self.commit()
+        if source != self._snapshot.manifest.source:
+            with self._writing():
+                self._swap(source=source)
 
     def rebuild_index(self, factory: str) -> None:
         """Merge everything into one segment and build the FAISS file over it; see Store.rebuild_index."""

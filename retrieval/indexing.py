@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
-from indexes.store import Failure, Row, Writer
+from indexes.store import Failure, Row, SourceRef, Writer
+from indexes.vectors import Vectors
 from retrieval.errors import ImageError, UsageError
 from retrieval.folder import ScannedFile, scan
 from retrieval.images import MAX_BYTES, Photo, os_reason, read_photo
+from retrieval.pairs import Picture
 from retrieval.pipeline import map_ahead
 
 if TYPE_CHECKING:
     from retrieval.library import Library
 
 _BATCH = 16
+_SENTENCES = 128  # the same of sentences
 Progress = Callable[[int, int], None]
 
 
@@ -40,6 +44,19 @@ class IndexReport:
     failures: tuple[Failure, ...] = ()
 
 
+@dataclass(frozen=True)
+class Item(ScannedFile):
+    """A picture or a sentence of a source that is no folder, and what it says of it.
+
+    ``path`` is what the store calls it; of a sentence, the picture that it is about, or "".
+    """
+
+    picture: Picture | None = None
+    text: str | None = None  # a sentence, and then there is no picture
+    caption: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass
 class Plan:
     """A scan set against the store: what there is to do."""
@@ -50,11 +67,48 @@ class Plan:
     missing: dict[str, tuple[int, str]] = field(default_factory=dict)  # path -> (id, hash) of rows without a file
     forgotten: list[str] = field(default_factory=list)  # failures whose file is gone
     unreadable: list[Failure] = field(default_factory=list)  # folders that could not be listed
+    relabelled: list[tuple[int, Row]] = field(
+        default_factory=list
+    )  # id -> the same content, and what is said of it now
+    begun: SourceRef | None = None  # what the store is to remember of its source before anything is done,
+    ended: SourceRef | None = None  # and when all of it is
 
     @property
     def pending(self) -> int:
         """How many files a run would touch."""
-        return len(self.todo) + len(self.missing)
+        return len(self.todo) + len(self.missing) + len(self.relabelled)
+
+
+class Source(Protocol):
+    """Where the rows of an index come from."""
+
+    def plan(self, library: Library, below: str) -> Plan:
+        """Set what there is against the store. Raises UsageError, DataError."""
+
+    def read(self, file: Any) -> bytes:
+        """The content of something that a plan found: a ScannedFile, or an Item. Raises OSError."""
+
+    def picture(self, path: str, fields: Mapping[str, Any]) -> Picture:
+        """The picture of a stored row, by its path and the row's other fields; read when it is wanted."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The pictures in a folder: the source of an index that names no other."""
+
+    root: Path
+
+    def plan(self, library: Library, below: str) -> Plan:
+        """See `make_plan`."""
+        return make_plan(library, below)
+
+    def read(self, file: ScannedFile) -> bytes:
+        """The content of a file. Raises OSError."""
+        return (self.root / file.path).read_bytes()
+
+    def picture(self, path: str, fields: Mapping[str, Any]) -> Picture:  # noqa: ARG002 - the path says it all
+        """The file itself."""
+        return self.root / path
 
 
 @dataclass(frozen=True)
@@ -63,6 +117,7 @@ class _Read:
 
     hash: str
     photo: Photo | None
+    text: str | None = None
 
 
 def make_plan(library: Library, below: str) -> Plan:
@@ -113,6 +168,7 @@ class Run:
         self, library: Library, writer: Writer, plan: Plan, max_pixels: int, progress: Progress | None
     ) -> None:
         self.library, self.writer, self.plan = library, writer, plan
+        self.source = library.source
         self.max_pixels, self.progress = max_pixels, progress
         self.counts = dict.fromkeys(("added", "changed", "renamed", "deleted", "embedded"), 0)
         self.failed = {failure.path for failure in library.store.failures()}
@@ -120,12 +176,18 @@ class Run:
         for path, (_, content) in plan.missing.items():
             self.movable[content].append(path)
         self.batch: list[tuple[Row, Image.Image]] = []
+        self.sentences: list[tuple[Row, str]] = []
         if plan.todo:
             self.preprocessing = library.encoder.preprocessing  # loaded here, not by every thread at once
 
     def finish(self) -> dict[str, int]:
         """Do it; the counts of the report."""
+        if self.plan.begun:
+            self.writer.note_source(self.plan.begun)
         try:
+            for row_id, row in self.plan.relabelled:
+                self.writer.replace(row_id, row)
+                self.counts["changed"] += 1
             for path in self.plan.forgotten:
                 self.writer.forgive(path)
             for failure in self.plan.unreadable:
@@ -139,15 +201,16 @@ class Run:
         for row_id, _ in self.plan.missing.values():
             self.writer.remove(row_id)
             self.counts["deleted"] += 1
+        if self.plan.ended:
+            self.writer.note_source(self.plan.ended)
         return self.counts
 
     def _read(self, file: ScannedFile, reuse: bool = True) -> _Read | ImageError | None:
         """In a thread. ``reuse``: do not decode what the store holds already. None: the file vanished."""
-        path = self.library.root / file.path
         if file.size > MAX_BYTES:
             return ImageError(f"{file.size / 2**20:,.0f} MB, more than the limit of {MAX_BYTES // 2**20:,} MB")
         try:
-            data = path.read_bytes()
+            data = self.source.read(file)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -155,6 +218,8 @@ class Run:
         content = hashlib.sha256(data).hexdigest()
         if reuse and (content in self.movable or content == self._old_hash(file)):
             return _Read(content, None)
+        if isinstance(file, Item) and file.text is not None:
+            return _Read(content, None, file.text)
         try:
             photo = read_photo(data, self.max_pixels)
         except ImageError as error:
@@ -185,6 +250,10 @@ class Run:
             self.batch.append((_row(file, read.hash, read.photo), read.photo.image))
             if len(self.batch) == _BATCH:
                 self._embed()
+        elif read.text is not None:
+            self.sentences.append((_row(file, read.hash), read.text))
+            if len(self.sentences) == _SENTENCES:
+                self._embed()
         elif old is not None and old[1] == read.hash:  # only touched
             self._move(old[0], file)
             self.counts["changed"] += 1
@@ -200,13 +269,21 @@ class Run:
     def _move(self, row_id: int, file: ScannedFile) -> None:
         """The stored row under another name or time: same content, same vector."""
         row = self.library.store.row(row_id)
+        if isinstance(file, Item):
+            row = replace(row, caption=file.caption, columns=file.columns)
         self.writer.replace(row_id, replace(row, path=file.path, size=file.size, mtime_ns=file.mtime_ns))
 
     def _embed(self) -> None:
-        if not self.batch:
-            return
-        vectors = self.library.encoder.encode_images([image for _, image in self.batch])
-        for (row, _), vector in zip(self.batch, vectors, strict=True):
+        if self.batch:
+            self._add([row for row, _ in self.batch], self.library.encoder.encode_images([i for _, i in self.batch]))
+            self.batch = []
+        if self.sentences:
+            texts = [text for _, text in self.sentences]
+            self._add([row for row, _ in self.sentences], self.library.encoder.encode_texts(texts))
+            self.sentences = []
+
+    def _add(self, rows: list[Row], vectors: Vectors) -> None:
+        for row, vector in zip(rows, vectors, strict=True):
             old = self.plan.known.get(row.path)
             if old is None:
                 self.writer.add(row, vector)
@@ -214,15 +291,17 @@ class Run:
                 self.writer.replace(old[0], row, vector)
             self.counts["added" if old is None else "changed"] += 1
             self.counts["embedded"] += 1
-        self.batch = []
 
 
-def _row(file: ScannedFile, content: str, photo: Photo) -> Row:
-    return Row(
-        path=file.path,
-        size=file.size,
-        mtime_ns=file.mtime_ns,
-        hash=content,
+def _row(file: ScannedFile, content: str, photo: Photo | None = None) -> Row:
+    row = Row(path=file.path, size=file.size, mtime_ns=file.mtime_ns, hash=content)
+    if isinstance(file, Item):
+        kind = "image" if file.text is None else "text"
+        row = replace(row, kind=kind, caption=file.caption, columns=file.columns)
+    if photo is None:
+        return row
+    return replace(
+        row,
         width=photo.width,
         height=photo.height,
         taken_at=photo.taken_at,

@@ -5,25 +5,31 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
 from indexes.errors import StoreNotFound
+from indexes.segments import ROW_SCHEMA
 from indexes.store import MANIFEST, UNVERIFIED, ModelRef, Store
 from indexes.vectors import Vectors
 from retrieval.bundle import Bundle
 from retrieval.encoders import BUILTIN, Encoder, data_folder, find_bundle, lasting_spec, load_encoder
 from retrieval.errors import ImageError, UsageError
 from retrieval.images import MAX_PIXELS, read_photo
-from retrieval.indexing import IndexReport, Progress, Run, make_plan
+from retrieval.indexing import IndexReport, Progress, Run, Source
+from retrieval.pair_formats import is_pattern
+from retrieval.pairs import Picture
+from retrieval.sources import LIST, OFFSET, TEXTS, named, open_source, recognise, store_beside
 
 STORE_NAME = ".diptych"
 _MAX_WEIGHT = 1000  # beside it, nothing else in the query counts
@@ -53,7 +59,12 @@ class Term:
 
 @dataclass(frozen=True)
 class Match:
-    """One picture found. ``score`` is the cosine between query and picture, from -1 to 1."""
+    """One picture or sentence found. ``score`` is the cosine between it and the query, from -1 to 1.
+
+    ``file`` is where a picture lies; inside a tar, the tar's path with the name in it behind. ``picture`` has its bytes
+    wherever it lies. A sentence is the ``caption`` of a match of kind "text", whose path is that of the picture it is
+    about, or "". ``columns`` are whatever else the index knows of it.
+    """
 
     path: str
     score: float
@@ -61,10 +72,14 @@ class Match:
     width: int | None
     height: int | None
     taken_at: datetime | None
+    kind: str = "image"
+    caption: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    picture: Picture | None = field(default=None, compare=False)
 
 
 class Library:
-    """A folder of photos with its index. Get one from :meth:`open` or :meth:`create`.
+    """A folder of photos, or a corpus that is none, with its index. Get one from :meth:`open` or :meth:`create`.
 
     >>> library = Library.create(Path("~/Pictures").expanduser())  # doctest: +SKIP
     >>> library.index()  # doctest: +SKIP
@@ -82,6 +97,8 @@ class Library:
     ) -> Library:
         """Open the index that covers a folder: its own, that of a folder above it, or the one at ``index``.
 
+        Instead of a folder it may be what a corpus was made from: a file, or a pattern of tars.
+
         Raises:
             StoreNotFound: there is none.
             ModelMismatch: ``encoder`` is not the model the index was made with.
@@ -89,7 +106,8 @@ class Library:
         folder = path.expanduser().absolute()
         found = index or find_store(folder)
         if found is None:
-            raise StoreNotFound(f"no index for {folder} or a folder above it: make one with  diptych index {folder}")
+            above = " or a folder above it" if folder.is_dir() else ""
+            raise StoreNotFound(f"no index for {folder}{above}: make one with  diptych index {folder}")
         library = cls(Store.open(found), encoder, **loading)
         if encoder is not None:
             library.store.check_model(encoder.fingerprint, encoder.name)
@@ -103,21 +121,36 @@ class Library:
         index: Path | None = None,
         encoder: Encoder | None = None,
         model: str = BUILTIN,
+        texts: bool = False,
+        images: Path | None = None,
         **loading: object,
     ) -> Library:
-        """Make an empty index for a folder; nothing is read yet.
+        """Make an empty index for a folder, a list of pictures, tars or sentences; nothing is encoded yet.
 
-        The store lies in ``FOLDER/.diptych``, at ``index`` if given, or below ``$XDG_DATA_HOME/diptych`` when the
-        folder cannot be written to.
+        The store lies in ``FOLDER/.diptych`` (of a file in ``FILE.diptych`` beside it), at ``index`` if given, or below
+        ``$XDG_DATA_HOME/diptych`` when the folder cannot be written to.
+
+        Args:
+            folder: of pictures, or of tars; or a file or a pattern that :func:`retrieval.pairs.read_pairs` reads; or
+                sentences, one a line or in a table or JSON without pictures.
+            index: where the store is to lie.
+            encoder: the model itself.
+            model: or its name.
+            texts: index the sentences instead of the pictures.
+            images: where the pictures lie that a file lists.
+            **loading: what `load_encoder` takes.
+
+        Raises:
+            UsageError, DataError: it is not there, or nothing that can be indexed.
         """
-        folder = folder.expanduser().absolute()
-        if not folder.is_dir():
-            raise UsageError(f"{folder} is not a folder" if folder.exists() else f"there is no folder {folder}")
+        corpus = recognise(folder, texts, images)
+        folder = corpus.root if corpus else folder.expanduser().absolute()
         name = encoder.name if encoder else lasting_spec(model)
         encoder = encoder or load_encoder(model, **loading)  # type: ignore[arg-type]
-        place, inside = place_for(folder, index)
+        place, inside = place_for(folder, index, corpus.store if corpus else None)
         reference = ModelRef(name, encoder.fingerprint, encoder.dim)
-        return cls(Store.create(place, root=None if inside else folder, model=reference), encoder, **loading)
+        source = corpus.source if corpus else None
+        return cls(Store.create(place, None if inside else folder, reference, source), encoder, **loading)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -130,11 +163,60 @@ class Library:
 
     @property
     def root(self) -> Path:
-        """The indexed folder."""
+        """The indexed folder; of a file, the folder that it lies in."""
         return self.store.root
 
+    @property
+    def source(self) -> Source:
+        """Where the rows come from."""
+        return open_source(self.root, self.store.source)
+
+    @property
+    def place(self) -> Path:
+        """What is indexed: the folder, or the file or pattern of a corpus."""
+        source = self.store.source
+        return self.root / source.path if source else self.root
+
+    def check_source(self, given: Path, texts: bool = False, images: Path | None = None) -> None:
+        """Refuse to index something else into this index than it was made from; the pictures may lie elsewhere now.
+
+        Raises:
+            UsageError: it was made from something else.
+            StoreLocked, StoreError: the new place of the pictures cannot be noted.
+        """
+        source = self.store.source
+        other = not given.expanduser().is_dir() and given.expanduser().resolve() != self.place.resolve()
+        if other or (texts and self.unit != "sentences") or (images and not (source and source.kind == LIST)):
+            what = "the sentences of " if self.unit == "sentences" else "the pictures of "
+            raise UsageError(
+                f"the index at {self.store.path} was made from {what}{self.place}: make a second one with --index PATH"
+            )
+        if images and source:
+            place = named(images.expanduser().absolute(), self.root)
+            if place != source.images:
+                with self.store.write() as writer:
+                    writer.note_source(replace(source, images=place, files=()))
+
+    @property
+    def unit(self) -> str:
+        """What is counted while it is indexed: images or sentences."""
+        return "sentences" if self.store.source and self.store.source.kind == TEXTS else "images"
+
+    def counts(self) -> dict[str, int]:
+        """How many pictures and how many sentences the index holds."""
+        texts = int(pc.sum(self._is_text()).as_py() or 0)
+        return {"pictures": len(self.store) - texts, "texts": texts}
+
+    def _is_text(self) -> pa.ChunkedArray:
+        return pc.equal(self.store.rows()["kind"], "text")
+
     def below(self, folder: Path) -> str:
-        """A folder as the store names it: relative to the root, "" for the root itself and for folders outside it."""
+        """A folder as the store names it: relative to the root, "" for the root itself and for folders outside it.
+
+        Also "" for the file of a corpus, and always where sentences are indexed, which lie in no folder.
+        """
+        if self.unit == "sentences" or (self.store.source is not None and not folder.expanduser().is_dir()):
+            return ""
         try:
             relative = folder.expanduser().resolve().relative_to(self.root.resolve())
         except ValueError:
@@ -145,7 +227,7 @@ class Library:
 
     def pending(self, below: str = "") -> int:
         """How many files an :meth:`index` run would touch now: a look at names, sizes and times only."""
-        return make_plan(self, below).pending
+        return self.source.plan(self, below).pending
 
     def catch_up(self, progress: Progress | None = None) -> int:
         """Take in what changed if that is a matter of a second or two; the number of files left for :meth:`index`.
@@ -177,7 +259,7 @@ class Library:
             UsageError: the folder is gone; or it is empty, and the index, which lies elsewhere, knows pictures in it.
         """
         with self.store.write(wait=wait) as writer:
-            plan = make_plan(self, below)
+            plan = self.source.plan(self, below)
             elsewhere = not self.store.path.is_relative_to(self.root)  # else the drive is there, for the index is
             if elsewhere and plan.missing and not plan.unchanged and not plan.todo and not below:
                 raise UsageError(
@@ -206,30 +288,45 @@ class Library:
     # ---- searching -----------------------------------------------------------------------------------------------
 
     def search(
-        self, query: str | Sequence[Term], k: int = 10, *, below: str = "", threshold: float = -1.0
+        self,
+        query: str | Sequence[Term],
+        k: int = 10,
+        *,
+        below: str = "",
+        threshold: float = -1.0,
+        kind: str | None = None,
     ) -> list[Match]:
-        """The k pictures nearest to a query, best first; fewer if there are fewer.
+        """The k pictures (or sentences) nearest to a query, best first; fewer if there are fewer.
 
         Args:
             query: a sentence, or terms whose weighted sum is searched.
             k: how many.
             below: only pictures in this folder, relative to the root.
             threshold: only pictures with at least this cosine.
+            kind: "image" or "text"; None is pictures, or sentences if the index holds nothing else.
         """
+        if kind not in (None, "image", "text"):
+            raise ValueError(f"kind is image or text, not {kind!r}")
         terms = [Term.parse(query)] if isinstance(query, str) else list(query)
         vector = self.query_vector(terms)
         if k < 1 or not len(self.store):
             return []
-        hits = self.store.search(vector[None, :], k, self._rows_below(below))
+        hits = self.store.search(vector[None, :], k, self._allowed(below, kind))
         found = hits.rows[0][(hits.rows[0] >= 0) & (hits.scores[0] >= threshold)]
         picked = self.store.rows().take(found)
         paths = self.store.paths()
+        source = self.source
         return [
-            Match(
-                paths[row], float(score), self.root / paths[row], fields["width"], fields["height"], fields["taken_at"]
-            )
+            self._match(source, paths[row], float(score), fields)
             for row, score, fields in zip(found, hits.scores[0], picked.to_pylist(), strict=False)
         ]
+
+    def _match(self, source: Source, path: str, score: float, fields: Mapping[str, Any]) -> Match:
+        own = {name: fields[name] for name in ("width", "height", "taken_at", "kind", "caption")}
+        hidden = {*ROW_SCHEMA.names, OFFSET}
+        columns = {name: value for name, value in fields.items() if name not in hidden and value is not None}
+        picture = source.picture(path, fields) if fields["kind"] == "image" else None
+        return Match(path, score, self.root / path if path else self.place, **own, columns=columns, picture=picture)
 
     def query_vector(self, terms: Sequence[Term]) -> Vectors:
         """(D,) unit vector: the normalised weighted sum of the terms' vectors. UsageError when they cancel out."""
@@ -248,11 +345,16 @@ class Library:
         unit: Vectors = total / np.float32(length)
         return unit
 
-    def _rows_below(self, below: str) -> NDArray[np.bool_] | None:
-        if not below:
-            return None
+    def _allowed(self, below: str, kind: str | None) -> NDArray[np.bool_] | None:
+        """Which rows may be found; None: all. Sentences lie in no folder."""
+        texts = self._is_text().to_numpy()
+        kind = kind or ("text" if texts.all() else "image")
+        allowed: NDArray[np.bool_] | None = None if (texts == (kind == "text")).all() else texts == (kind == "text")
+        if not below or kind == "text":
+            return allowed
         prefix = below + "/"
-        return np.fromiter((path.startswith(prefix) for path in self.store.paths()), bool, len(self.store))
+        inside = np.fromiter((path.startswith(prefix) for path in self.store.paths()), bool, len(self.store))
+        return inside if allowed is None else inside & allowed
 
 
 def _query_image(path: Path) -> Image.Image:
@@ -268,8 +370,9 @@ def describe(library: Library) -> dict[str, Any]:
     failures = [{"path": str(library.root / f.path), "reason": f.reason} for f in store.failures()]
     return {
         "folder": str(library.root),
+        **({"source": str(library.place)} if store.source else {}),
         "index": str(store.path),
-        "pictures": len(store),
+        **library.counts(),
         "model": store.model.name,
         "fingerprint": store.model.fingerprint,
         "dim": store.model.dim,
@@ -279,7 +382,13 @@ def describe(library: Library) -> dict[str, Any]:
 
 
 def find_store(folder: Path) -> Path | None:
-    """The store that covers a folder: in it or the nearest folder above, as git looks for ``.git``."""
+    """The store that covers a folder: in it or the nearest folder above, as git looks for ``.git``.
+
+    Of a file or a pattern: the one beside it.
+    """
+    if folder.is_file() or is_pattern(folder):
+        beside = store_beside(folder)
+        return next((store for store in (beside, _outside_store(beside)) if (store / MANIFEST).is_file()), None)
     for place in (folder, *folder.parents):
         for store in (place / STORE_NAME, _outside_store(place)):
             if (store / MANIFEST).is_file():
@@ -287,10 +396,13 @@ def find_store(folder: Path) -> Path | None:
     return None
 
 
-def place_for(folder: Path, index: Path | None) -> tuple[Path, bool]:
-    """Where a new store of a folder goes, and whether that is its own place inside the folder."""
+def place_for(folder: Path, index: Path | None, beside: Path | None = None) -> tuple[Path, bool]:
+    """Where a new store of a folder goes, and whether that is its own place inside: `beside`, or FOLDER/.diptych."""
+    own = folder / STORE_NAME
     inside = index is None and os.access(folder, os.W_OK)
-    return folder / STORE_NAME if inside else (index or _outside_store(folder)).expanduser().absolute(), inside
+    if inside:
+        return beside or own, True
+    return (index or _outside_store(folder if beside in (None, own) else beside)).expanduser().absolute(), False
 
 
 def _outside_store(folder: Path) -> Path:

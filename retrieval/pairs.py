@@ -25,7 +25,18 @@ from retrieval.pair_formats import (
     some,
 )
 
-__all__ = ["Picture", "PictureBytes", "Record", "TarMember", "checksum", "class_names", "read_pairs", "select_split"]
+__all__ = [
+    "Picture",
+    "PictureBytes",
+    "Record",
+    "Sentence",
+    "TarMember",
+    "checksum",
+    "class_names",
+    "read_pairs",
+    "read_sentences",
+    "select_split",
+]
 
 _PROBED = 8  # pictures that are looked for, to find out where all of them lie
 _LISTED = 16  # from so many pictures in one folder on, listing it is cheaper than asking for each
@@ -41,6 +52,17 @@ class Record:
     split: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)  # whatever else is known of the picture
     text_columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # and of each text, in their order
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One sentence, and the picture that it is about if it names one."""
+
+    text: str
+    image: Picture | None = None
+    labels: tuple[str, ...] = ()
+    split: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)  # whatever else is known
 
 
 def read_pairs(
@@ -85,7 +107,8 @@ def read_pairs(
         prefer: only this split where there is one and none was asked for.
         images: the folder that the pictures lie in.
         may_lack: the share of the pictures that may be missing; they are among the records all the same.
-        captioned: False: only the pictures are wanted. A folder may then hold nothing else, and all in it are taken.
+        captioned: False: only the pictures are wanted. A folder may then hold nothing else, and all in it are taken;
+            and a file may hold nothing but their names, one a line.
 
     Raises:
         DataError: the source cannot be read or is of no known kind, something in it is wrong, pictures are missing (in
@@ -108,6 +131,37 @@ def read_pairs(
             "if they lie elsewhere, name their folder with --images"
         )
     return records
+
+
+def read_sentences(source: Path, images: Path | None = None) -> list[Sentence]:
+    """Read the sentences of whatever `read_pairs` reads, and of what names no pictures.
+
+    That is JSON, CSV, TSV or Parquet with the keys or columns of sentences that `read_pairs` knows, and plain text: one
+    sentence a line. Blank sentences are left out. Whether pictures that are named are there is not asked.
+
+    Raises:
+        DataError: the source cannot be read, something in it is wrong, or it has no sentences.
+    """
+    found = read_rows(source, pictured=False)
+    if images is not None and not images.is_dir():
+        raise DataError(f"{images}: there is no such folder of pictures")
+    named = Rows([row for row in found.rows if row.image], found.places, found.droppable)
+    base, drop = _picture_folder(named, None, images)
+
+    def picture(image: str | Picture) -> Picture | None:
+        if not isinstance(image, str):
+            return image
+        return base / (Path(image).name if drop else image) if image else None
+
+    sentences = [
+        Sentence(text, picture(row.image), row.labels, row.split, row.columns)
+        for row in found.rows
+        for text in row.texts
+        if text.strip()
+    ]
+    if not sentences:
+        raise DataError(f"{source} has no sentences: none of its {len(found.rows)} rows has one")
+    return sentences
 
 
 def select_split(records: Sequence[Record], split: str, source: Path) -> list[Record]:

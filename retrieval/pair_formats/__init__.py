@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from retrieval.errors import DataError
@@ -15,24 +16,55 @@ from retrieval.pair_formats.documents import is_json, read_json
 from retrieval.pair_formats.flickr import is_results, is_tokens, read_results, read_tokens
 from retrieval.pair_formats.folders import read_photos, read_tree
 from retrieval.pair_formats.rows import KINDS, Picture, PictureBytes, Row, Rows, TarMember, decode, one_line, some
-from retrieval.pair_formats.tables import is_csv, is_parquet, read_csv, read_parquet
+from retrieval.pair_formats.tables import (
+    is_csv,
+    is_lines,
+    is_parquet,
+    is_paths,
+    read_csv,
+    read_lines,
+    read_parquet,
+    read_paths,
+)
 from retrieval.pair_formats.tars import (
     COMPRESSED,
     HEAD,
     UNPACK,
+    Shard,
     holds_tars,
     is_pattern,
     is_tar,
+    list_shards,
+    read_shard,
     read_tar,
     read_tar_folder,
     read_tar_pattern,
 )
 
-__all__ = ["KINDS", "Picture", "PictureBytes", "Row", "Rows", "TarMember", "one_line", "read_rows", "some"]
+__all__ = [
+    "KINDS",
+    "Picture",
+    "PictureBytes",
+    "Row",
+    "Rows",
+    "Shard",
+    "TarMember",
+    "is_pattern",
+    "list_shards",
+    "one_line",
+    "read_rows",
+    "read_shard",
+    "some",
+]
 
 
-def read_rows(source: Path, captioned: bool = True) -> Rows:
-    """Read whatever pairs pictures with sentences or labels; not ``captioned``: of a folder, every picture in it.
+def read_rows(source: Path, captioned: bool = True, pictured: bool = True) -> Rows:
+    """Read whatever pairs pictures with sentences or labels.
+
+    Args:
+        source: the file or folder.
+        captioned: False: of a folder, every picture in it; of a file, names of pictures too, one a line.
+        pictured: False: sentences without pictures are read too (a table, JSON or one a line); their image is "".
 
     Raises:
         DataError: it cannot be read, is of a kind that is not read, or something in it is wrong.
@@ -45,7 +77,7 @@ def read_rows(source: Path, captioned: bool = True) -> Rows:
             return read_tar_pattern(source)
         with source.open("rb") as stream:  # once: a pipe cannot be read again
             head = stream.read(HEAD)
-            for fits, read in _BINARY:
+            for fits, read in _BINARY if pictured else _BINARY_SENTENCES:
                 if fits(source, head):
                     return read(source)
             _check_text(source, head)
@@ -57,7 +89,10 @@ def read_rows(source: Path, captioned: bool = True) -> Rows:
         raise DataError(f"{source} holds NUL bytes: it is damaged, or no text; {KINDS}")
     if not text.strip():
         raise DataError(f"{source} is empty; {KINDS}")
-    reader = next((read for fits, read in _TEXTS if fits(source, text)), None)
+    kinds = _TEXTS if pictured else _SENTENCES
+    if is_paths(source, text) and not (captioned and pictured):
+        return read_paths(source, text)
+    reader = next((read for fits, read in kinds if fits(source, text)), None)
     if reader is None:
         raise DataError(f"{source} is of an unknown kind; {KINDS}")
     return reader(source, text)
@@ -96,4 +131,16 @@ _TEXTS: tuple[tuple[Callable[[Path, str], bool], Callable[[Path, str], Rows]], .
     (is_tokens, read_tokens),
     (is_results, read_results),
     (is_csv, read_csv),
+)
+# The same where sentences may come without pictures.
+_BINARY_SENTENCES: tuple[tuple[Callable[[Path, bytes], bool], Callable[[Path], Rows]], ...] = (
+    (is_parquet, partial(read_parquet, pictured=False)),
+    (is_tar, read_tar),
+)
+_SENTENCES: tuple[tuple[Callable[[Path, str], bool], Callable[[Path, str], Rows]], ...] = (
+    (is_json, partial(read_json, pictured=False)),
+    (is_tokens, read_tokens),
+    (is_results, read_results),
+    (is_lines, read_lines),
+    (is_csv, partial(read_csv, pictured=False)),
 )

@@ -59,6 +59,7 @@ class TarMember:
     name: str  # without the folders inside the tar
     offset: int  # bytes from the beginning of the tar
     size: int  # bytes
+    path: str = field(default="", compare=False)  # the name with the folders inside the tar
 
     def __str__(self) -> str:
         return f"{self.tar}/{self.name}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from retrieval.errors import DataError
+from retrieval.images import IMAGE_SUFFIXES
 from retrieval.pair_formats.flickr import flickr_splits
 from retrieval.pair_formats.rows import (
     IMAGE_NAMES,
@@ -27,6 +28,7 @@ from retrieval.pair_formats.rows import (
     strings,
 )
 
+_SUFFIXES = tuple(IMAGE_SUFFIXES)
 _SEPARATORS = "\t,;|"
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?")
@@ -51,7 +53,8 @@ class _Roles:
 def _table_rows(roles: _Roles, images: list[Any], columns: dict[str, list[Any]]) -> list[Row]:
     """One row per picture, from the columns beside them."""
     nothing = [None] * len(images)
-    texts, labels, splits = (columns.pop(name or "", nothing) for name in (roles.texts, roles.labels, roles.split))
+    own = (roles.texts, roles.labels, roles.split)
+    texts, labels, splits = (nothing if name is None else columns.pop(name, nothing) for name in own)
     extras = zip(*columns.values(), strict=True) if columns else iter([()] * len(images))
     return [
         Row(image, strings(text), strings(label), None if split is None else str(split), dict(zip(columns, extra)))  # noqa: B905
@@ -66,37 +69,64 @@ def is_csv(file: Path, text: str) -> bool:
     )
 
 
+def is_paths(_: Path, text: str) -> bool:
+    """Whether a text is nothing but names of pictures, one a line."""
+    return all(line.strip().lower().endswith(_SUFFIXES) for line in text.split("\n") if line.strip())
+
+
+def read_paths(file: Path, text: str) -> Rows:
+    """Names of pictures, one a line, and nothing about them; `find` and `ls` write such lists."""
+    return Rows([Row(line.strip(), (), (), None, {}) for line in text.split("\n") if line.strip()], places(file))
+
+
+def is_lines(file: Path, text: str) -> bool:
+    """Whether a text that may name no pictures is one sentence a line: no table by name, and no line of names."""
+    line = first_line(text)
+    return file.suffix.lower() not in (".csv", ".tsv", ".tab") and not any(
+        _understood(line, mark, pictured=False) for mark in _SEPARATORS
+    )
+
+
+def read_lines(_: Path, text: str) -> Rows:
+    """One sentence a line, and no pictures."""
+    return Rows([Row("", (line.strip(),), (), None, {}) for line in text.split("\n") if line.strip()])
+
+
 def _separator(text: str) -> str:
     """The separator under which the first line holds most of the names that are understood."""
     line = first_line(text)
     return max(_SEPARATORS, key=lambda mark: (_understood(line, mark), line.count(mark)))
 
 
-def _understood(line: str, mark: str) -> int:
-    """How many parts of a table a line of column names tells; 0 without a column of pictures."""
+def _understood(line: str, mark: str, pictured: bool = True) -> int:
+    """How many parts of a table a line of column names tells; 0 without a column of pictures (or else of sentences)."""
     try:
         roles = _Roles.of(name.strip() for name in next(csv.reader([line], delimiter=mark), []))
     except csv.Error:
         return 0
-    return sum(name is not None for name in astuple(roles)) if roles.image else 0
+    useful = roles.image or (roles.texts and not pictured)
+    return sum(name is not None for name in astuple(roles)) if useful else 0
 
 
-def read_csv(file: Path, text: str) -> Rows:
-    """A table in text with RFC 4180's quotes: open_clip's, Kaggle's, a spreadsheet's."""
+def read_csv(file: Path, text: str, pictured: bool = True) -> Rows:
+    """A table in text with RFC 4180's quotes: open_clip's, Kaggle's, a spreadsheet's.
+
+    Not ``pictured``: a column of sentences will do, and images are then "".
+    """
     mark = _separator(text)
     padded = f"{mark} " in first_line(text)  # "image, caption"
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True, skipinitialspace=padded)
     try:
         header = [name.strip() for name in next(line for line in lines if line)]
         roles = _Roles.of(header)
-        _check_header(file, header, roles)
+        _check_header(file, header, roles, pictured)
         cells = list(_csv_lines(file, lines, header, roles))
     except csv.Error as error:
         fault = f"{error}; is a double quote left open? Inside a quoted field it is written twice"
         raise DataError(f"{file}, line {lines.line_num} is not CSV: {fault}") from error
     columns: dict[str, list[Any]] = {name: list(column) for name, column in zip(header, zip(*cells))}  # noqa: B905
     columns.pop("", None)  # the row number that pandas writes
-    images = columns.pop(roles.image or "", [])
+    images = columns.pop(roles.image, []) if roles.image else [""] * len(cells)
     for name, values in columns.items():
         meant = name in (roles.texts, roles.labels, roles.split)
         columns[name] = [value or None for value in values] if meant else _numbers(values)
@@ -107,26 +137,26 @@ def read_csv(file: Path, text: str) -> Rows:
 
 
 def _csv_lines(file: Path, lines: Any, header: list[str], roles: _Roles) -> Iterator[list[str]]:
-    at = header.index(roles.image or "")
+    at = header.index(roles.image) if roles.image else None
     for line in lines:
         if not line:
             continue
         if len(line) != len(header):
             fault = f"{len(line)} fields instead of {len(header)}: put what holds a separator into double quotes"
             raise DataError(f"{file}, line {lines.line_num}: {fault}")
-        if not line[at]:
+        if at is not None and not line[at]:
             raise DataError(f"{file}, line {lines.line_num}: no picture under {roles.image!r}")
         yield line
 
 
-def _check_header(file: Path, header: list[str], roles: _Roles) -> None:
+def _check_header(file: Path, header: list[str], roles: _Roles, pictured: bool) -> None:
     found = f"{', '.join(map(one_line, header)):.300}"
     if roles.image is None and "url" in header:
         raise DataError(
             f"{file} lists addresses of pictures, not files: its columns are {found}; "
             "read the .tar files that img2dataset wrote beside it, or their folder"
         )
-    if roles.image is None:
+    if roles.image is None and (pictured or roles.texts is None):
         raise DataError(
             f"{file} has no column that names pictures: its columns are {found}; understood are "
             f"{', '.join(IMAGE_NAMES)} (pictures), {', '.join(TEXT_NAMES)} (captions), "
@@ -149,8 +179,11 @@ def is_parquet(_: Path, head: bytes) -> bool:
     return head.startswith(b"PAR1")
 
 
-def read_parquet(file: Path) -> Rows:
-    """A Parquet file: pictures by name, as bytes, or both (the struct of Hugging Face's datasets)."""
+def read_parquet(file: Path, pictured: bool = True) -> Rows:
+    """A Parquet file: pictures by name, as bytes, or both (the struct of Hugging Face's datasets).
+
+    Not ``pictured``: a column of sentences will do, and images are then "".
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -167,17 +200,19 @@ def read_parquet(file: Path) -> Rows:
         roles = replace(
             roles, image=_Roles.of(holding).image or roles.image
         )  # what holds pictures before what names them
-        _check_header(file, header, roles)
+        _check_header(file, header, roles, pictured)
         columns: dict[str, list[Any]] = {name: table[name].to_pylist() for name in header}
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{file} is damaged, or no Parquet file: {' '.join(str(error).split())}") from error
     if roles.labels and (classes := _hugging_face_classes(table.schema.metadata, roles.labels)):
         columns[roles.labels] = [class_name(file, value, classes) for value in columns[roles.labels]]
+    if roles.image is None:
+        return Rows(_table_rows(roles, [""] * table.num_rows, columns))
     others = {name: values for name, values in columns.items() if name != roles.image}
     names = others.get(_Roles.of(others).image or "", [None] * table.num_rows)
     images = [
         _picture(file, number, value, name)
-        for number, (value, name) in enumerate(zip(columns[roles.image or ""], names, strict=True), 1)
+        for number, (value, name) in enumerate(zip(columns[roles.image], names, strict=True), 1)
     ]
     return Rows(_table_rows(roles, images, others), places(file))
 

@@ -6,6 +6,7 @@ import os
 import re
 import tarfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -42,21 +43,42 @@ def is_tar(file: Path, head: bytes) -> bool:
 
 def read_tar(file: Path) -> Rows:
     """One shard; the names of its classes may lie beside it or one folder up."""
-    return Rows(_tar_rows(file, None, _class_list(file.parent)))
+    return Rows(read_shard(Shard(file, None, _class_list(file.parent))))
 
 
 def read_tar_folder(folder: Path) -> Rows:
     """Shards, here or in one folder per split: webdataset's, img2dataset's, and the layout of CLIP_benchmark."""
+    return Rows([row for shard in folder_shards(folder) for row in read_shard(shard)])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of a set, and what is known of all pictures in it."""
+
+    tar: Path
+    split: str | None
+    classes: Sequence[str]  # names by number
+
+
+def list_shards(source: Path) -> list[Shard]:
+    """The tars that a file, a pattern in braces or a folder stands for. Raises DataError, OSError; nothing is read."""
+    if source.is_dir():
+        return folder_shards(source)
+    tars = _expanded(source) if is_pattern(source) else [source]
+    return [Shard(tar, None, _class_list(tar.parent)) for tar in tars]
+
+
+def folder_shards(folder: Path) -> list[Shard]:
+    """The tars in a folder and in those directly in it, whose names are splits then. Raises DataError, OSError."""
     classes = _class_list(folder)
-    rows = []
-    for place, shards in _shards(folder):
+    found = []
+    for place, tars in _shards(folder):
         count = place / "nshards.txt"
-        if count.is_file() and (promised := decode(count, count.read_bytes()).strip()) != str(len(shards)):
-            raise DataError(f"{place} holds {len(shards)} .tar files, but its nshards.txt says {one_line(promised)}")
+        if count.is_file() and (promised := decode(count, count.read_bytes()).strip()) != str(len(tars)):
+            raise DataError(f"{place} holds {len(tars)} .tar files, but its nshards.txt says {one_line(promised)}")
         split = None if place == folder else SPLIT_FOLDERS.get(place.name, place.name)
-        for shard in shards:
-            rows += _tar_rows(shard, split, classes)
-    return Rows(rows)
+        found += [Shard(tar, split, classes) for tar in tars]
+    return found
 
 
 def is_pattern(source: Path) -> bool:
@@ -66,15 +88,20 @@ def is_pattern(source: Path) -> bool:
 
 def read_tar_pattern(source: Path) -> Rows:
     """All shards that a pattern stands for."""
+    shards = _expanded(source)
+    other = [shard for shard in shards if not _begins_as_tar(shard)]
+    if other:
+        raise DataError(f"{source} stands for {some(other)}, no .tar: only those are read in braces")
+    return Rows([row for shard in shards for row in read_tar(shard).rows])
+
+
+def _expanded(source: Path) -> list[Path]:
     shards = [Path(name) for name in expand_braces(str(source))]
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
         counted = f"{len(missing)} of the {len(shards)} files that {source} stands for"
         raise DataError(f"{counted} are missing: {some(missing)}")
-    other = [shard for shard in shards if not _begins_as_tar(shard)]
-    if other:
-        raise DataError(f"{source} stands for {some(other)}, no .tar: only those are read in braces")
-    return Rows([row for shard in shards for row in read_tar(shard).rows])
+    return shards
 
 
 def _begins_as_tar(file: Path) -> bool:
@@ -141,26 +168,50 @@ def _class_list(folder: Path) -> list[str]:
     return []
 
 
-def _tar_rows(tar: Path, split: str | None, classes: Sequence[str]) -> list[Row]:
-    """The samples of one shard: members whose names agree up to the first dot of the base name, as in webdataset."""
+def read_shard(shard: Shard, faults: dict[str, str] | None = None) -> list[Row]:
+    """The samples of one shard: members whose names agree up to the first dot of the base name, as in webdataset.
+
+    With ``faults``, what is wrong with a sample is put there under its key, and the others are read all the same.
+
+    Raises:
+        DataError: the tar cannot be read; or, without ``faults``, a sample has no picture, or notes that are wrong.
+        OSError: it cannot be opened.
+    """
+    tar = shard.tar
     rows, lost = [], []
     with tar.open("rb") as stream:
         for key, fields in _samples(tar, stream).items():
-            where = f"{tar}, sample {one_line(key)}"
-            image = _member(where, fields, _PICTURE_KINDS)
-            if image is None:
-                lost.append(key)
+            try:
+                row = _sample_row(shard, stream, key, fields)
+            except DataError as error:
+                if faults is None:
+                    raise
+                faults[key] = str(error)
                 continue
-            notes = {}
-            for kind in NOTE_KINDS:
-                member = _member(where, fields, {kind})
-                if member is not None:
-                    stream.seek(member.offset)
-                    notes[kind] = stream.read(member.size)
-            rows.append(noted_row(where, image, split, notes, classes))
+            if row is not None:
+                rows.append(row)
+            elif faults is None:
+                lost.append(key)
+            else:
+                faults[key] = "a sample without a picture"
     if lost:
         raise DataError(f"{len(lost)} of the {len(lost) + len(rows)} samples of {tar} have no picture: {some(lost)}")
     return rows
+
+
+def _sample_row(shard: Shard, stream: IO[bytes], key: str, fields: Mapping[str, TarMember]) -> Row | None:
+    """One sample; None if it has no picture."""
+    where = f"{shard.tar}, sample {one_line(key)}"
+    image = _member(where, fields, _PICTURE_KINDS)
+    if image is None:
+        return None
+    notes = {}
+    for kind in NOTE_KINDS:
+        member = _member(where, fields, {kind})
+        if member is not None:
+            stream.seek(member.offset)
+            notes[kind] = stream.read(member.size)
+    return noted_row(where, image, shard.split, notes, shard.classes)
 
 
 def _samples(tar: Path, stream: IO[bytes]) -> dict[str, dict[str, TarMember]]:
@@ -176,7 +227,7 @@ def _samples(tar: Path, stream: IO[bytes]) -> dict[str, dict[str, TarMember]]:
                     continue
                 if stem.startswith("__") and stem.endswith("__"):  # webdataset's own notes
                     continue
-                member = TarMember(tar, base, info.offset_data, info.size)
+                member = TarMember(tar, base, info.offset_data, info.size, f"{folder}/{base}" if folder else base)
                 samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[kind.lower()] = member
             stream.seek(archive.offset)
             end = stream.read(tarfile.BLOCKSIZE)

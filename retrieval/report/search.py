@@ -19,6 +19,8 @@ _STYLE = """
   figcaption { font-size: .82rem; display: flex; gap: .6rem; justify-content: space-between; }
   figcaption span:first-child { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
   .score { font-variant-numeric: tabular-nums; opacity: .7; }
+  blockquote { margin: 0 0 .4rem; padding: .8rem 1rem; border-radius: .5rem; background: #8883; }
+  blockquote { overflow-wrap: anywhere; }
   .none { opacity: .7; }
 """
 
@@ -44,8 +46,14 @@ def results_page(results: Sequence[tuple[str, Sequence[Match]]]) -> str:
 
 def _match(match: Match) -> str:
     name = page.text(match.path)
+    if match.kind == "text":
+        about = f"<span>{name}</span>" if name else "<span></span>"
+        return (
+            f'<figure class="said"><blockquote>{page.text(match.caption or "")}</blockquote>'
+            f'<figcaption>{about}<span class="score">{match.score:.3f}</span></figcaption></figure>'
+        )
     link = "file://" + quote(os.fsencode(match.file))
-    thumbnail = page.jpeg(match.file, _THUMBNAIL)
+    thumbnail = page.jpeg(match.picture or match.file, _THUMBNAIL)
     image = (
         f'<img src="data:image/jpeg;base64,{thumbnail[0]}" alt="{name}">'
         if thumbnail

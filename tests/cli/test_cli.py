@@ -204,7 +204,7 @@ class TestMistakes:
     def test_folders(self, tmp_path):
         (tmp_path / "file").write_text("")
         assert "there is no folder" in complaint(diptych("index", tmp_path / "nowhere"))
-        assert "is not a folder" in complaint(diptych("index", tmp_path / "file"))
+        assert "file is empty" in complaint(diptych("index", tmp_path / "file"))
         assert "diptych index" in complaint(diptych("search", "a cat", cwd=tmp_path))
         assert "no index for" in complaint(diptych("info", tmp_path))
 
