@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from indexes import runtime
 from indexes.columns import unified
 from indexes.errors import ExchangeError, StoreError, VectorError
-from indexes.manifest import SEGMENTS, ModelRef, sha256_of
+from indexes.manifest import SEGMENTS, ModelRef, SourceRef, sha256_of
 from indexes.segments import ROW_SCHEMA, with_embeddings, write_segment
 from indexes.store import Store
 from indexes.tables import extras, read_table, texts
@@ -66,6 +66,7 @@ class Mark:
     images: bool = True  # vectors of pictures belong to it
     texts: bool = False
     parts: int = 1  # that were written
+    source: SourceRef | None = None  # of the index, if its rows are no files of its root
 
     def dump(self) -> bytes:
         """As bytes for the metadata."""
@@ -78,10 +79,16 @@ class Mark:
             fields = json.loads(text)
             if fields.pop("format") != _FORMAT:
                 return None
-            mark = cls(**{**fields, "model": ModelRef(**fields["model"])})
+            mark = cls(**{**fields, "model": ModelRef(**fields["model"]), "source": _source(fields.get("source"))})
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
         return mark if mark.layout in (CLIP_RETRIEVAL, NPY) and isinstance(mark.parts, int) else None
+
+
+def _source(fields: dict[str, Any] | None) -> SourceRef | None:
+    if fields is None:
+        return None
+    return SourceRef(**{**fields, "files": tuple((str(f[0]), int(f[1]), int(f[2])) for f in fields["files"])})
 
 
 @dataclass(frozen=True)
@@ -217,12 +224,12 @@ def _mark(table: Path) -> Mark | None:
         return None
 
 
-def made_by(parts: Sequence[Part]) -> ModelRef | None:
-    """The model that the tables name, if they were written here. Raises ExchangeError where they name several."""
-    models = {mark.model for mark in (_mark(part.metadata) for part in parts) if mark}
-    if len(models) > 1:
-        raise ExchangeError(f"{parts[0].metadata.parent} has vectors of several models")
-    return next(iter(models), None)
+def mark_of(parts: Sequence[Part]) -> Mark | None:
+    """What the tables say of themselves, if they were written here. Raises ExchangeError where they contradict."""
+    marks = [mark for mark in (_mark(part.metadata) for part in parts) if mark]
+    if len({(mark.model, mark.source) for mark in marks}) > 1:
+        raise ExchangeError(f"{parts[0].metadata.parent} has vectors of several indexes: import each for itself")
+    return marks[0] if marks else None
 
 
 def open_vectors(file: Path) -> NDArray[Any]:
@@ -470,10 +477,12 @@ def import_parts(
     total = sum(map(len, kept))
     extra = unified(table.extra for table in described)
     aside = path.with_name(f"{path.name}.importing")
+    mark = mark_of(parts)
+    source = mark.source if mark else None
 
     def blocks() -> Iterator[pa.Table]:
         done = 0
-        facts = _Facts(root, hashing, counts)
+        facts = _Facts(None if source else root, hashing, counts)
         for part, array, rows in zip(parts, arrays, kept, strict=True):
             table = _described(part, roles, root)
             for start in range(0, len(rows), _BLOCK):
@@ -486,7 +495,7 @@ def import_parts(
 
     try:
         shutil.rmtree(aside, ignore_errors=True)  # of an import that was killed
-        store = Store.create(aside, None if inside else root, model)
+        store = Store.create(aside, None if inside else root, model, source)
         segment = write_segment(aside / SEGMENTS / "00000001.parquet", blocks(), model.dim, extra)
         if segment.rows:
             replace(store.snapshot.manifest, generation=1, next_id=total, segments=(segment,)).write(aside)
@@ -549,7 +558,8 @@ def _first_of_each(
 class _Facts:
     """Sizes, times and hashes of the files behind rows."""
 
-    def __init__(self, root: Path, hashing: bool, counts: dict[str, int]) -> None:
+    def __init__(self, root: Path | None, hashing: bool, counts: dict[str, int]) -> None:
+        """Without a root the rows are of a source that is no folder, and what was told of them stands."""
         self.root, self.hashing, self.counts = root, hashing, counts
 
     def completed(self, table: pa.Table, first_id: int) -> pa.Table:
@@ -584,6 +594,8 @@ class _Facts:
         if kind == "text":
             data = (text or "").encode()
             return (*recorded, "") if content is not None else (len(data), 0, hashlib.sha256(data).hexdigest(), "")
+        if self.root is None:
+            return (*recorded, "")
         file = self.root / path
         try:
             info = file.stat()

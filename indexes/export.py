@@ -69,7 +69,7 @@ def export_npy(store: Store, folder: Path, dtype: type[np.floating[Any]] = np.fl
     rows = store.rows()
     with _appearing(folder) as aside:
         _copy(store, [(aside / VECTORS, np.arange(len(rows)))], dtype)
-        _write_table(rows.drop_columns(["id"]), aside / METADATA, Mark(NPY, store.model))
+        _write_table(rows.drop_columns(["id"]), aside / METADATA, Mark(NPY, store.model, source=store.source))
     images = pc.sum(pc.equal(rows["kind"], "image")).as_py() or 0
     return Exported(images, len(rows) - images)
 
@@ -116,7 +116,8 @@ def export_clip_retrieval(
                     _write_faiss([file for file, _ in files], aside / index, faiss_kind)
         (aside / "metadata").mkdir()
         for i, part in enumerate(parts):
-            mark = Mark(CLIP_RETRIEVAL, store.model, part.images is not None, part.texts is not None, len(parts))
+            present = (part.images is not None, part.texts is not None)
+            mark = Mark(CLIP_RETRIEVAL, store.model, *present, len(parts), store.source)
             table = _table(rows, part, store.root)
             _write_table(table, aside / "metadata" / f"metadata_{i:0{width}d}.parquet", mark)
     return Exported(sum(len(p) for _, p in images), sum(len(p) for _, p in texts))

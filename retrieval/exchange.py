@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexes.errors import ModelMismatch
-from indexes.exchange import Imported, Part, Progress, Roles, check_free, find_parts, import_parts, made_by, width_of
+from indexes.exchange import Imported, Progress, Roles, check_free, find_parts, import_parts, mark_of, width_of
 from indexes.store import UNVERIFIED, ModelRef, Store
 from indexes.vectors import as_vectors
 from retrieval.bundle import Bundle
@@ -17,6 +17,7 @@ from retrieval.encoders import Encoder, find_bundle, lasting_spec, load_encoder
 from retrieval.errors import ImageError, MissingExtra, ModelError, UsageError
 from retrieval.images import read_photo
 from retrieval.library import place_for
+from retrieval.sources import store_beside
 
 _SAMPLE = 8  # pictures, and texts, that are encoded again
 _STRANGER = 0.5  # cosines of one picture under two models lie around 0, under one model in two roundings near 1
@@ -90,9 +91,11 @@ def import_vectors(
     if not root.is_dir():
         raise UsageError(f"there is no folder {root}: name the one that holds the pictures with --root")
     parts = find_parts(source.expanduser(), metadata and metadata.expanduser(), kind)
-    path, inside = place_for(root, index)
+    mark = mark_of(parts)
+    path, inside = place_for(root, index, store_beside(root / mark.source.path) if mark and mark.source else None)
     check_free(path)
-    made, encoder = _model(parts, encoder or model, unverified, loading, width_of(parts))
+    told = mark.model if mark else None
+    made, encoder = _model(told, encoder or model, unverified, loading, width_of(parts))
     agreement: float | None = None
 
     def check(store: Store) -> None:
@@ -120,10 +123,9 @@ def import_vectors(
 
 
 def _model(
-    parts: list[Part], given: Encoder | str | None, unverified: bool, loading: dict[str, object], dim: int
+    told: ModelRef | None, given: Encoder | str | None, unverified: bool, loading: dict[str, object], dim: int
 ) -> tuple[ModelRef, Encoder | None]:
     """What made the vectors, and the encoder that is to be tried on them, if any."""
-    told = made_by(parts)
     if given is None:
         if told is None or unverified:
             raise UsageError(
@@ -131,7 +133,7 @@ def _model(
             )
         return told, None
     if not isinstance(given, str):
-        return _compared(parts, told, ModelRef(given.name, given.fingerprint, given.dim), given)
+        return _compared(told, ModelRef(given.name, given.fingerprint, given.dim), given)
     name = lasting_spec(given)
     if unverified:
         return ModelRef(name, UNVERIFIED, dim), None
@@ -141,23 +143,19 @@ def _model(
             folder is not None and told is not None and told.fingerprint != UNVERIFIED
         ):  # which tells its fingerprint without being loaded
             bundle = Bundle.load(folder)
-            return _compared(parts, told, ModelRef(name, bundle.fingerprint, bundle.dim), None)
+            return _compared(told, ModelRef(name, bundle.fingerprint, bundle.dim), None)
         encoder = load_encoder(given, **loading)  # type: ignore[arg-type]
     except (ModelError, MissingExtra) as error:
         raise ModelError(f"{error}. If it made the vectors but is not at hand, add --unverified") from error
-    return _compared(parts, told, ModelRef(name, encoder.fingerprint, encoder.dim), encoder)
+    return _compared(told, ModelRef(name, encoder.fingerprint, encoder.dim), encoder)
 
 
-def _compared(
-    parts: list[Part], told: ModelRef | None, made: ModelRef, encoder: Encoder | None
-) -> tuple[ModelRef, Encoder | None]:
+def _compared(told: ModelRef | None, made: ModelRef, encoder: Encoder | None) -> tuple[ModelRef, Encoder | None]:
     """Set a model against what the tables tell. Raises ModelMismatch."""
     if told is None or told.fingerprint == UNVERIFIED:
         return made, encoder
     if told.fingerprint != made.fingerprint:
-        raise ModelMismatch(
-            f"the vectors in {parts[0].vectors.parent} were made with {told.name}, not with {made.name}"
-        )
+        raise ModelMismatch(f"the vectors were made with {told.name}, not with {made.name}: leave out --model")
     return made, None
 
 

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from indexes.errors import ExchangeError, StoreError, VectorError
-from indexes.exchange import Imported, Part, Roles, find_parts, import_parts, made_by, to_halves
+from indexes.exchange import Imported, Part, Roles, find_parts, import_parts, mark_of, to_halves
 from indexes.export import export_clip_retrieval, export_npy
 from indexes.segments import Row
 from indexes.store import UNVERIFIED, ModelRef, Store
@@ -125,7 +125,7 @@ def test_a_store_comes_back_bit_for_bit_from_npy(tmp_path_factory, rows, seed):
     export_npy(store, folder / "out")
     back = bring(folder / "out", folder / "b", root=folder / "nowhere")
     assert content(back) == content(store)
-    assert made_by(find_parts(folder / "out")) == MODEL
+    assert mark_of(find_parts(folder / "out")).model == MODEL
     assert back.check() == []
 
 
@@ -554,14 +554,15 @@ def test_a_mark_that_is_no_mark_is_a_foreign_table(tmp_path):
     whole = {"format": 1, "layout": "npy", "model": {"name": "m", "fingerprint": "f", "dim": DIM}}
     wrong = ["", "[]", "{}", '{"format": 2}', '{"format": 1}']
     wrong += [
-        json.dumps({**whole, **change}) for change in ({"layout": "x"}, {"model": 3}, {"more": 1}, {"parts": "2"})
+        json.dumps({**whole, **change})
+        for change in ({"layout": "x"}, {"model": 3}, {"source": {}}, {"more": 1}, {"parts": "2"})
     ]
     for i, mark in enumerate(wrong):
         rows = pa.table({"path": ["a.jpg"], "hash": ["x"]}).replace_schema_metadata({b"diptych": mark})
         np.save(tmp_path / "v.npy", numbers(1))
         pq.write_table(rows, tmp_path / "r.parquet")
         parts = find_parts(tmp_path / "v.npy", tmp_path / "r.parquet")
-        assert made_by(parts) is None
+        assert mark_of(parts) is None
         path = tmp_path / f"b{i}"
         import_parts(parts, path, tmp_path, MODEL)
         assert content(Store.open(path))[0][0].columns == {"source_hash": "x"}

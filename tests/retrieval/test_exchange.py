@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,39 @@ def test_what_has_changed_since_an_export_is_encoded_anew(folder, library):
     again = Library.open(folder, encoder=ColourEncoder())
     assert counts(again.index()) == did(changed=1, embedded=1, skipped=3)
     assert {match.path for match in again.search("green", k=2)} == {"red.png", "green.png"}
+
+
+def tars(folder: Path) -> Path:
+    with tarfile.open(folder / "shard-0.tar", "w") as tar:
+        for colour in COLOURS:
+            tar.add(folder / f"{colour}.png", f"{colour}.png")
+    return folder / "shard-0.tar"
+
+
+def sentences(folder: Path) -> Path:
+    (folder / "sentences.txt").write_text("".join(f"{colour}\n" for colour in COLOURS))
+    return folder / "sentences.txt"
+
+
+def listed(folder: Path) -> Path:
+    (folder / "list.csv").write_text("image,label\n" + "".join(f"{colour}.png,{colour}\n" for colour in COLOURS))
+    return folder / "list.csv"
+
+
+@pytest.mark.parametrize("corpus", [tars, sentences, listed])
+@pytest.mark.parametrize("export", [export_npy, export_clip_retrieval])
+def test_a_corpus_that_is_no_folder_is_known_again(folder, corpus, export):
+    given = corpus(folder)
+    library = Library.create(given, encoder=ColourEncoder())
+    library.index()
+    export(library.store, folder.parent / "out")
+    place = library.store.path
+    shutil.rmtree(place)
+    report = import_vectors(folder.parent / "out", root=folder)
+    assert (report.path, report.rows.missing, report.rows.changed) == (place, 0, 0)
+    again = Library.open(given, encoder=ColourEncoder())
+    assert counts(again.index()) == did(skipped=4)
+    assert again.store.rows().drop_columns(["id"]).equals(library.store.rows().drop_columns(["id"]))
 
 
 def test_an_index_run_leaves_texts_alone(folder, library):
