@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -406,7 +406,7 @@ def _below(name: str, roots: Sequence[str]) -> str | None:
     """A path relative to a root, in its shortest form; None outside of it. Addresses (``https://…``) stay."""
     if "://" in name:
         return name
-    if Path(name).is_absolute():
+    if os.path.isabs(name):  # noqa: PTH117 - a Path costs ten times as much
         name = posixpath.normpath(name)
         found = next((root for root in roots if name.startswith(root)), None)
         return name.removeprefix(found) if found else None
@@ -555,6 +555,9 @@ def _first_of_each(
     return [np.flatnonzero(origin[s:e] == rows[s:e]) for s, e in itertools.pairwise(starts)]
 
 
+_Fact: TypeAlias = tuple[int, int, str, str]  # size, time, hash; and "", missing, changed, or to be read: new, touched
+
+
 class _Facts:
     """Sizes, times and hashes of the files behind rows."""
 
@@ -568,8 +571,11 @@ class _Facts:
         kinds = pc.fill_null(table["kind"], "image").to_pylist()
         told = zip(*(table[name].to_pylist() for name in ("size", "mtime_ns", "hash", "caption")), strict=True)
         paths = [value.decode("utf-8", _ESCAPE) for value in exact.to_pylist()]
+        found = list(map(self._look, paths, kinds, told))
+        unread = [i for i, fact in enumerate(found) if fact[3] in ("new", "touched")]
         with ThreadPoolExecutor(runtime.thread_count()) as pool:
-            facts = list(pool.map(self._fact, paths, kinds, told))
+            read = pool.map(self._read, [paths[i] for i in unread], [found[i] for i in unread])
+        facts = {**dict(enumerate(found)), **dict(zip(unread, read, strict=True))}.values()
         self.counts["texts"] += kinds.count("text")
         self.counts["images"] += kinds.count("image")
         for state in ("missing", "changed"):
@@ -585,29 +591,40 @@ class _Facts:
         }
         return pa.table({**own, **{name: table[name] for name in table.column_names if name not in own}})
 
-    def _fact(
-        self, path: str, kind: str, told: tuple[int | None, int | None, str | None, str | None]
-    ) -> tuple[int, int, str, str]:
-        """Size, time and hash of one file (or text), and whether that is missing or changed."""
+    def _look(self, path: str, kind: str, told: tuple[int | None, int | None, str | None, str | None]) -> _Fact:
+        """What can be said of one file (or text) without reading it."""
         size, mtime_ns, content, text = told
         recorded = (size or 0, mtime_ns or 0, content or "")
-        if kind == "text":
+        if kind == "text" and content is None:
             data = (text or "").encode()
-            return (*recorded, "") if content is not None else (len(data), 0, hashlib.sha256(data).hexdigest(), "")
-        if self.root is None:
+            return len(data), 0, hashlib.sha256(data).hexdigest(), ""
+        if kind == "text" or self.root is None:
             return (*recorded, "")
-        file = self.root / path
         try:
-            info = file.stat()
-            if not stat.S_ISREG(info.st_mode):
-                return (*recorded, "missing")
-            now = (info.st_size, info.st_mtime_ns)
-            if size is None or recorded[:2] == now:
-                return (*now, content or (sha256_of(file) if self.hashing else ""), "")
-            same = size == info.st_size and sha256_of(file) == content
-            return (*now, content or "", "") if same else (*recorded, "changed")
+            info = os.stat(f"{self.root}/{path}")  # noqa: PTH116 - a Path costs more than the call
         except (OSError, ValueError):  # ValueError: a null byte in a name
             return (*recorded, "missing")
+        if not stat.S_ISREG(info.st_mode):
+            return (*recorded, "missing")
+        now = (info.st_size, info.st_mtime_ns)
+        if size is None or recorded[:2] == now:
+            return (*now, content or "", "" if content or not self.hashing else "new")
+        return (*recorded, "touched" if content and size == info.st_size else "changed")
+
+    def _read(self, path: str, fact: _Fact) -> _Fact:
+        """The same, once the file has been read: it is new, or its time is another than was told."""
+        size, mtime_ns, content, state = fact
+        assert self.root is not None
+        file = self.root / path
+        try:
+            now = sha256_of(file)
+            if state == "new":
+                return size, mtime_ns, now, ""
+            return (
+                (size, file.stat().st_mtime_ns, content, "") if now == content else (size, mtime_ns, content, "changed")
+            )
+        except OSError:
+            return (0, 0, "", "missing") if state == "new" else (size, mtime_ns, content, "missing")
 
 
 def _named(exact: pa.Array) -> dict[str, pa.Array]:

@@ -553,10 +553,8 @@ def test_csv_and_jsonl_beside_a_npy(tmp_path):
 def test_a_mark_that_is_no_mark_is_a_foreign_table(tmp_path):
     whole = {"format": 1, "layout": "npy", "model": {"name": "m", "fingerprint": "f", "dim": DIM}}
     wrong = ["", "[]", "{}", '{"format": 2}', '{"format": 1}']
-    wrong += [
-        json.dumps({**whole, **change})
-        for change in ({"layout": "x"}, {"model": 3}, {"source": {}}, {"more": 1}, {"parts": "2"})
-    ]
+    changes = ({"layout": "x"}, {"model": 3}, {"source": {}}, {"more": 1}, {"parts": "2"})
+    wrong += [json.dumps({**whole, **change}) for change in changes]
     for i, mark in enumerate(wrong):
         rows = pa.table({"path": ["a.jpg"], "hash": ["x"]}).replace_schema_metadata({b"diptych": mark})
         np.save(tmp_path / "v.npy", numbers(1))
