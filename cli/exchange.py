@@ -108,7 +108,10 @@ def import_(
         str | None, typer.Option(metavar="NAME", help="The column of captions.", show_default="caption, text, …")
     ] = None,
     no_hash: Annotated[
-        bool, typer.Option("--no-hash", help="Read no picture; one that is moved later is encoded anew.")
+        bool,
+        typer.Option(
+            "--no-hash", help="Read no picture: its size and date stay unknown, and once moved it is encoded anew."
+        ),
     ] = False,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,

@@ -20,7 +20,7 @@ import posixpath
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -436,6 +436,7 @@ def import_parts(
     inside: bool = False,
     roles: Roles = Roles(),
     hashing: bool = True,
+    look: Callable[[Path], Mapping[str, Any]] | None = None,
     check: Callable[[Store], None] | None = None,
     progress: Progress | None = None,
 ) -> Imported:
@@ -454,6 +455,8 @@ def import_parts(
         inside: the root is the folder that the index folder lies in, and moves with it.
         roles: which columns of the tables mean what.
         hashing: False: files are not read, and what is moved or touched later is encoded anew.
+        look: called with the file of each picture whose content is hashed; what it says of width, height, taken_at,
+            latitude and longitude is taken where the table says nothing.
         check: called with the finished index, before it gets its name; what it raises undoes it.
         progress: called with (rows done, rows to do).
 
@@ -482,7 +485,7 @@ def import_parts(
 
     def blocks() -> Iterator[pa.Table]:
         done = 0
-        facts = _Facts(None if source else root, hashing, counts)
+        facts = _Facts(None if source else root, hashing, look, counts)
         for part, array, rows in zip(parts, arrays, kept, strict=True):
             table = _described(part, roles, root)
             for start in range(0, len(rows), _BLOCK):
@@ -561,9 +564,15 @@ _Fact: TypeAlias = tuple[int, int, str, str]  # size, time, hash; and "", missin
 class _Facts:
     """Sizes, times and hashes of the files behind rows."""
 
-    def __init__(self, root: Path | None, hashing: bool, counts: dict[str, int]) -> None:
+    def __init__(
+        self,
+        root: Path | None,
+        hashing: bool,
+        look: Callable[[Path], Mapping[str, Any]] | None,
+        counts: dict[str, int],
+    ) -> None:
         """Without a root the rows are of a source that is no folder, and what was told of them stands."""
-        self.root, self.hashing, self.counts = root, hashing, counts
+        self.root, self.hashing, self.look, self.counts = root, hashing, look, counts
 
     def completed(self, table: pa.Table, first_id: int) -> pa.Table:
         """Rows as `_described` gives them, with all columns of an index."""
@@ -571,11 +580,13 @@ class _Facts:
         kinds = pc.fill_null(table["kind"], "image").to_pylist()
         told = zip(*(table[name].to_pylist() for name in ("size", "mtime_ns", "hash", "caption")), strict=True)
         paths = [value.decode("utf-8", _ESCAPE) for value in exact.to_pylist()]
-        found = list(map(self._look, paths, kinds, told))
-        unread = [i for i, fact in enumerate(found) if fact[3] in ("new", "touched")]
+        facts = list(map(self._look, paths, kinds, told))
+        unread = [i for i, fact in enumerate(facts) if fact[3] in ("new", "touched")]
         with ThreadPoolExecutor(runtime.thread_count()) as pool:
-            read = pool.map(self._read, [paths[i] for i in unread], [found[i] for i in unread])
-        facts = {**dict(enumerate(found)), **dict(zip(unread, read, strict=True))}.values()
+            read = list(pool.map(self._read, [paths[i] for i in unread], [facts[i] for i in unread]))
+        headers: dict[int, Mapping[str, Any]] = {}
+        for i, (fact, header) in zip(unread, read, strict=True):
+            facts[i], headers[i] = fact, header
         self.counts["texts"] += kinds.count("text")
         self.counts["images"] += kinds.count("image")
         for state in ("missing", "changed"):
@@ -589,7 +600,12 @@ class _Facts:
             "mtime_ns": pa.array(times, pa.int64()),
             "hash": pa.array(hashes, pa.string()),
         }
-        return pa.table({**own, **{name: table[name] for name in table.column_names if name not in own}})
+        columns = {**own, **{name: table[name] for name in table.column_names if name not in own}}
+        for name in _KNOWN if any(headers.values()) else ():
+            told_of = enumerate(table[name].to_pylist())
+            values = [headers.get(i, {}).get(name) if value is None else value for i, value in told_of]
+            columns[name] = pa.array(values, ROW_SCHEMA.field(name).type)
+        return pa.table(columns)
 
     def _look(self, path: str, kind: str, told: tuple[int | None, int | None, str | None, str | None]) -> _Fact:
         """What can be said of one file (or text) without reading it."""
@@ -611,20 +627,19 @@ class _Facts:
             return (*now, content or "", "" if content or not self.hashing else "new")
         return (*recorded, "touched" if content and size == info.st_size else "changed")
 
-    def _read(self, path: str, fact: _Fact) -> _Fact:
-        """The same, once the file has been read: it is new, or its time is another than was told."""
+    def _read(self, path: str, fact: _Fact) -> tuple[_Fact, Mapping[str, Any]]:
+        """The same, once the file has been read (it is new, or its time is another than was told), and its header."""
         size, mtime_ns, content, state = fact
         assert self.root is not None
         file = self.root / path
         try:
             now = sha256_of(file)
             if state == "new":
-                return size, mtime_ns, now, ""
-            return (
-                (size, file.stat().st_mtime_ns, content, "") if now == content else (size, mtime_ns, content, "changed")
-            )
+                return (size, mtime_ns, now, ""), self.look(file) if self.look else {}
+            same = now == content
+            return (size, file.stat().st_mtime_ns if same else mtime_ns, content, "" if same else "changed"), {}
         except OSError:
-            return (0, 0, "", "missing") if state == "new" else (size, mtime_ns, content, "missing")
+            return (*((0, 0, "") if state == "new" else (size, mtime_ns, content)), "missing"), {}
 
 
 def _named(exact: pa.Array) -> dict[str, pa.Array]:

@@ -15,7 +15,7 @@ from indexes.vectors import as_vectors
 from retrieval.bundle import Bundle
 from retrieval.encoders import Encoder, find_bundle, lasting_spec, load_encoder
 from retrieval.errors import ImageError, MissingExtra, ModelError, UsageError
-from retrieval.images import read_photo
+from retrieval.images import read_header, read_photo
 from retrieval.library import place_for
 from retrieval.sources import store_beside
 
@@ -76,7 +76,8 @@ def import_vectors(
         kind: image or text: of a .npy file whose table does not say so.
         path_column: the table's column of paths.
         caption_column: the table's column of captions.
-        hashing: read every picture for the hash of its content, so that it is known again when it is moved.
+        hashing: read every picture, for its size and date, and for the hash of its content, so that it is known again
+            when it is moved.
         progress: called with (rows done, rows to do).
         **loading: device, threads, preprocess: handed to `load_encoder`.
 
@@ -116,6 +117,7 @@ def import_vectors(
         inside=inside,
         roles=Roles(path_column, caption_column),
         hashing=hashing,
+        look=read_header,
         check=check,
         progress=progress,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tarfile
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from retrieval.errors import ModelError, UsageError
 from retrieval.exchange import import_vectors
 from retrieval.library import Library
 from tests.fakes import ColourEncoder
+from tests.odd_photos import TINY_HEIC
 from tests.retrieval.test_library import counts, did, paint
 
 COLOURS = ("red", "green", "blue", "yellow")
@@ -70,6 +72,23 @@ def test_the_next_index_run_encodes_only_what_is_new(folder, foreign):
     assert counts(library.index()) == did(added=1, changed=1, renamed=1, embedded=1, skipped=2)
     assert encoder.encoded == 1
     assert library.search("red", k=1)[0].path == "rot.png"
+
+
+def test_size_and_date_are_read_in_the_header(folder, tmp_path):
+    shutil.copyfile(TINY_HEIC, folder / "tiny.heic")
+    np.save(tmp_path / "v.npy", np.ones((3, 3)))
+    rows = {"path": ["tiny.heic", "red.png", "gone.png"], "width": [None, 7, 8], "height": [None, None, 9]}
+    pq.write_table(pa.table(rows), tmp_path / "r.parquet")
+    given = {"root": folder, "metadata": tmp_path / "r.parquet", "model": "m", "unverified": True}
+    report = import_vectors(tmp_path / "v.npy", **given)
+    table = Library.open(folder).store.rows()
+    assert table.select(["width", "height"]).to_pylist() == [
+        {"width": 64, "height": 96}, {"width": 7, "height": 30}, {"width": 8, "height": 9},
+    ]  # fmt: skip
+    assert table["taken_at"].to_pylist() == [datetime(2021, 7, 4, 9, 30, 15), None, None]
+    assert report.rows.missing == 1
+    import_vectors(tmp_path / "v.npy", hashing=False, index=tmp_path / "b", **given)
+    assert Library.open(folder, index=tmp_path / "b").store.rows()["width"].to_pylist() == [None, 7, 8]
 
 
 def test_without_hashes_only_what_is_moved_or_touched_is_encoded_anew(folder, foreign):
