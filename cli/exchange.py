@@ -41,7 +41,7 @@ class Number(str, Enum):
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="A folder covered by an index.")] = Path(),
+    folder: Annotated[Path, typer.Argument(help="A folder covered by an index, or what was indexed.")] = Path(),
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.", show_default=False)] = ...,  # type: ignore[assignment]
     layout: Annotated[
         Layout,
@@ -79,7 +79,8 @@ def export(
     if json:
         render.json_out({"output": str(output.absolute()), **asdict(written), "model": asdict(library.store.model)})
     else:
-        render.note(f"wrote {output}: {written.images:,} vectors of pictures, {written.texts:,} of texts")
+        texts = f", {written.texts:,} of texts" if written.texts else ""
+        render.note(f"wrote {output}: {written.images:,} vectors of pictures{texts}")
 
 
 @app.command("import")
@@ -153,12 +154,9 @@ def _told(report: ImportReport) -> list[str]:
     if rows.repeated:
         lines.append(f"{rows.repeated:,} rows name a picture again, with the same vector: each is in the index once")
     if rows.missing:
-        lines.append(
-            f"{rows.missing:,} pictures are not below {report.root}: they can be found, and the next  diptych index  "
-            "forgets them"
-        )
+        lines.append(f"{rows.missing:,} of them are not below {report.root}: the next  diptych index  forgets them")
     if rows.changed:
-        lines.append(f"{rows.changed:,} pictures have changed since: the next  diptych index  encodes them anew")
+        lines.append(f"{rows.changed:,} of them have changed since: the next  diptych index  encodes them anew")
     if report.agreement is not None and report.agreement < _ALIKE:
         lines.append(
             f"{report.model.name} encodes the same pictures a little differently now (median cosine "
