@@ -17,7 +17,6 @@ from indexes.errors import StoreCorrupt, StoreError, StoreNotFound
 MANIFEST = "manifest.json"
 SEGMENTS = "segments"
 FORMAT = 1
-UNVERIFIED = "unverified"  # in place of a fingerprint: a model that was only named, by who imported its vectors
 _SEGMENT_NAME = re.compile(r"\d{8}\.parquet")
 
 
@@ -28,6 +27,9 @@ class ModelRef:
     name: str
     fingerprint: str
     dim: int
+
+
+UNVERIFIED = "unverified"  # in place of a fingerprint: a model that was only named, by who imported its vectors
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ def _parsed(fields: dict[str, Any]) -> Manifest:
 def _parsed_source(fields: dict[str, Any] | None) -> SourceRef | None:
     if fields is None:
         return None
-    source = SourceRef(**{**fields, "files": tuple((str(f[0]), int(f[1]), int(f[2])) for f in fields["files"])})
+    files = tuple((str(name), int(size), int(mtime_ns)) for name, size, mtime_ns in fields["files"])
+    source = SourceRef(**{**fields, "files": files})
     if (
         not isinstance(source.kind, str)
         or not isinstance(source.path, str)

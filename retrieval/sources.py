@@ -86,6 +86,10 @@ def recognise(given: Path, texts: bool = False, images: Path | None = None) -> C
     else:
         root, name = _root_and_name(given)
         kind = TARS if is_pattern(given) or _is_tar(given) else _kind_of_list(given, texts)
+    if images and not images.expanduser().is_dir():
+        raise DataError(f"{images}: there is no such folder of pictures")
+    if kind == TARS:
+        list_shards(given)  # raises DataError where some that a pattern stands for are missing
     if images and kind == TARS:
         raise UsageError(f"--images goes with a file that lists pictures, and {given} holds its own")
     kind = TEXTS if texts else kind
@@ -137,6 +141,8 @@ def _is_tar(file: Path) -> bool:
 def _kind_of_list(file: Path, texts: bool) -> str:
     rows = read_rows(file, pictured=False).rows
     if texts:
+        if not any(text.strip() for row in rows for text in row.texts):
+            raise DataError(f"{file} has no sentences: none of its {len(rows)} rows has one")
         return LIST
     addresses = [row.image for row in rows if isinstance(row.image, str) and _ADDRESS.match(row.image)]
     if addresses:

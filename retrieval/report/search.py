@@ -52,14 +52,16 @@ def _match(match: Match) -> str:
             f'<figure class="said"><blockquote>{page.text(match.caption or "")}</blockquote>'
             f'<figcaption>{about}<span class="score">{match.score:.3f}</span></figcaption></figure>'
         )
-    link = "file://" + quote(os.fsencode(match.file))
-    thumbnail = page.jpeg(match.picture or match.file, _THUMBNAIL)
+    picture = match.picture or match.file
+    link = "file://" + quote(os.fsencode(match.file)) if isinstance(picture, Path) else ""
+    thumbnail = page.jpeg(picture, _THUMBNAIL)
     image = (
         f'<img src="data:image/jpeg;base64,{thumbnail[0]}" alt="{name}">'
         if thumbnail
         else f'<img alt="{name} (unreadable)">'
     )
+    href = f' href="{link}"' if link else ""  # nothing opens a picture inside a tar
     return (
-        f'<figure><a href="{link}" title="{name}">{image}</a>'
+        f'<figure><a{href} title="{name}">{image}</a>'
         f'<figcaption><span>{name}</span><span class="score">{match.score:.3f}</span></figcaption></figure>'
     )

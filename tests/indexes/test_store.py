@@ -17,7 +17,7 @@ import pytest
 
 from indexes.errors import ModelMismatch, StoreCorrupt, StoreError, StoreLocked, StoreNotFound, VectorError
 from indexes.manifest import Manifest
-from indexes.store import Failure, ModelRef, Row, Store
+from indexes.store import Failure, ModelRef, Row, SourceRef, Store
 from indexes.vectors import as_vectors
 from tests.indexes.test_vectors import assert_same, brute
 
@@ -169,6 +169,30 @@ def test_a_store_outside_its_root_knows_it(name, tmp_path, monkeypatch):
     again = Store.open(tmp_path / name / "index")
     assert again.root == tmp_path / name
     assert again.snapshot.covered == 1
+
+
+def test_a_store_knows_where_its_rows_come_from(store, tmp_path):
+    assert (store.source, Store.open(store.path).source) == (None, None)
+    name = os.fsdecode(b"list \xff.csv")
+    source = SourceRef("list", name, images="../photos")
+    one = Store.create(tmp_path / "one", tmp_path, MODEL, source)
+    assert Store.open(one.path).source == source
+    read = replace(source, files=((name, 3, 1_700_000_000_123_456_789), ("b", -1, -1)))
+    with one.write() as writer:
+        writer.add(row("a"), unit(1)[0])
+        writer.note_source(read)
+        assert (committed(one), Store.open(one.path).source) == (1, read)
+        generation = one.snapshot.manifest.generation
+        writer.note_source(read)
+        assert one.snapshot.manifest.generation == generation  # nothing new, nothing written
+        writer.add(row("b"), unit(1)[0])
+    one.rebuild_index("Flat")
+    assert (Store.open(one.path).source, len(one)) == (read, 2)
+    file = one.path / "manifest.json"  # of a release that knew no sources
+    fields = json.loads(file.read_text())
+    del fields["source"]
+    file.write_text(json.dumps(fields))
+    assert Store.open(one.path).source is None
 
 
 def test_what_is_not_there_and_what_is_already(store, tmp_path):
@@ -649,6 +673,10 @@ def edited(**changes):
         edited(model={"name": "tiny"}),
         edited(model={"name": "tiny", "fingerprint": "", "dim": "8"}),
         edited(ann={"factory": "Flat", "segments": 1, "rows": 99, "sha256": ""}),
+        edited(source=[]),
+        edited(source={"kind": "list", "path": "a", "images": 3, "files": []}),
+        edited(source={"kind": "list", "path": "a", "images": None, "files": [["a", 1]]}),
+        edited(source={"kind": "list"}),
     ],
 )
 def test_damaged_manifest(store, edit):

@@ -6,11 +6,13 @@ import hashlib
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from retrieval.errors import DataError
-from retrieval.pairs import Record, checksum, class_names, read_pairs, select_split
+from retrieval.pairs import Record, checksum, class_names, read_pairs, read_sentences, select_split
 
 
 def write(folder, lines, place="images", name="captions.jsonl"):
@@ -223,3 +225,65 @@ def test_a_line_separator_inside_a_string_ends_no_line(tmp_path):
     file = write(tmp_path, [{"image": "a.png"}])
     file.write_text('\ufeff{"image": "a.png", "text": "one\u2028two\x85three"}\r\n\r\n', "utf-8")
     assert read_pairs(file)[0].texts == ("one\u2028two\x85three",)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentences"),
+    [
+        ("a.txt", "one, two\n\n three \r\n", ["one, two", "three"]),
+        ("plain", '"quoted"\nan image of a text\n', ['"quoted"', "an image of a text"]),
+        ("a.txt", "text\na dog, running\n", ["a dog, running"]),
+        ("a.csv", "id,sentence\n1,one\n2,\n3,three\n", ["one", "three"]),
+        ("a.tsv", 'comment\tx\n"one ""1"""\t2\n', ['one "1"']),
+        ("a.jsonl", '{"text": "one"}\n{"captions": ["two", " "], "image": "b.png"}\n', ["one", "two"]),
+        ("a.json", '[{"caption": "one"}]', ["one"]),
+        ("a.token", "b.png#0\tone\nb.png#1\ttwo\n", ["one", "two"]),
+        ("a.json", '{"images": [{"filename": "b.png", "sentences": [{"raw": "one"}]}]}', ["one"]),
+    ],
+)
+def test_sentences_with_and_without_pictures(tmp_path, name, text, sentences):
+    file = tmp_path / name
+    file.write_bytes(text.encode())
+    read = read_sentences(file)
+    assert [one.text.strip() for one in read] == sentences
+    assert {one.image and one.image.name for one in read} <= {None, "b.png"}
+    assert any(one.image for one in read) == ("b.png" in text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.csv", "id,price\n1,2\n", "no column that names pictures"),
+        ("a.jsonl", '{"words": "one"}', 'expected an object with "image"'),
+        ("a.jsonl", '{"image": "b.png"}', "has no sentences: none of its 1 rows has one"),
+        ("a.txt", "b.png\nc.jpg\n", "has no sentences"),
+        ("a.txt", " \n", "is empty"),
+        ("a.txt", "one\0", "binary data"),
+    ],
+)
+def test_what_has_no_sentences(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=said):
+        read_sentences(tmp_path / name)
+
+
+def test_names_of_pictures_one_a_line(tmp_path):
+    """Only where pictures alone are wanted: they say nothing of any."""
+    for name in ("a.png", "b c.png"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    file = tmp_path / "files.txt"
+    file.write_text("a.png\n\nb c.png\n")
+    assert read_pairs(file, captioned=False) == [Record(tmp_path / "a.png"), Record(tmp_path / "b c.png")]
+    with pytest.raises(DataError, match="no column that names pictures"):
+        read_pairs(file)
+    file.write_text("a.png\na cat\n")
+    with pytest.raises(DataError, match="no column that names pictures"):
+        read_pairs(file, captioned=False)
+
+
+def test_a_column_without_a_name_is_kept(tmp_path):
+    """It was taken for the labels where there are none."""
+    pq.write_table(pa.table({"image": ["a.png"], "": ["x"]}), tmp_path / "t.parquet")
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    (record,) = read_pairs(tmp_path / "t.parquet")
+    assert (record.labels, record.columns) == ((), {"": "x"})

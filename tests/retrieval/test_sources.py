@@ -276,13 +276,7 @@ library.index()
 
 
 def test_rows_of_a_tar_that_a_killed_run_left_and_that_is_gone(shards):
-    class Interrupted(ColourEncoder):
-        def encode_images(self, images):
-            super().encode_images(images)
-            raise KeyboardInterrupt
-
-    library = made(shards)
-    library.index()
+    made(shards).index()
     members = {f"{i:02}.png": painted("red", (9 + i, 9)) for i in range(20)}
     write_tar(shards / "s-002.tar", members)
 
@@ -297,6 +291,40 @@ def test_rows_of_a_tar_that_a_killed_run_left_and_that_is_gone(shards):
     assert len(Store.open(shards / ".diptych")) == 5 + 16
     (shards / "s-002.tar").unlink()
     assert counts(again(shards).index()) == did(deleted=16, skipped=5)
+
+
+def test_a_page_shows_pictures_inside_a_tar(shards):
+    library = made(shards)
+    library.index()
+    page = results_page([("red", library.search("red", k=5))])
+    assert (page.count("data:image/jpeg"), page.count("href=")) == (5, 0)
+    (shards / "s-001.tar").unlink()
+    page = results_page([("red", library.search("red", k=5))])
+    assert (page.count("data:image/jpeg"), page.count("(unreadable)")) == (2, 3)
+
+
+def test_names_that_are_no_text(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    tar = write_tar(tmp_path / f"{name}.tar", {f"{name}.png": painted("red"), "a\nb.png": painted("blue")})
+    library = made(tar)
+    assert counts(library.index()) == did(added=2, embedded=2)
+    assert set(library.store.paths()) == {f"{name}.tar/{name}.png", f"{name}.tar/a\nb.png"}
+    library = again(tar)
+    assert library.search("red", k=1)[0].picture.read_bytes() == painted("red")
+    assert counts(library.index()) == did(skipped=2)
+
+
+def test_where_nothing_can_be_written_the_index_lies_in_the_data_directory(shards, pictures, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(pictures / "data"))
+    monkeypatch.setattr("retrieval.library.os.access", lambda *_: False)
+    file = write_jsonl(pictures / "l.jsonl", [{"image": "images/red.png"}])
+    for source in (shards, shards / "s-000.tar", file):
+        library = made(source)
+        assert library.store.path.is_relative_to(pictures / "data" / "diptych" / "indexes")
+        added = library.index().added
+        assert counts(again(source).index()) == did(skipped=added)
+    assert len(list((pictures / "data" / "diptych" / "indexes").iterdir())) == 3
+    assert find_store(shards / "s-001.tar") is None
 
 
 def test_photos_in_the_folder_win_over_tars(shards):
@@ -664,11 +692,18 @@ def test_what_a_name_stands_for(shards, pictures):
     for source, kind in kinds.items():
         corpus = recognise(source)
         assert (corpus and corpus.source.kind) == kind, source
-    assert recognise(pictures / "a.jsonl", texts=True).source.kind == "texts"
+    assert recognise(pictures / "c.jsonl", texts=True).source.kind == "texts"
+    for part in ("train", "val"):
+        for number in (0, 1):
+            write_tar(pictures / part / f"s-{number}.tar", {"0.png": painted("red")})
     braces = pictures / "{train,val}" / "s-{0..1}.tar"
     corpus = recognise(braces)
     assert (corpus.root, corpus.source.path) == (pictures, "{train,val}/s-{0..1}.tar")
     assert corpus.store == pictures / "{train,val}-s-{0..1}.tar.diptych"
+    library = made(braces)
+    assert counts(library.index()) == did(added=4, embedded=4)
+    assert "val/s-1.tar/0.png" in library.store.paths()
+    assert counts(again(braces).index()) == did(skipped=4)
 
 
 def test_options_that_do_not_fit(shards, pictures):
@@ -679,6 +714,8 @@ def test_options_that_do_not_fit(shards, pictures):
     ):
         with pytest.raises(UsageError, match=said):
             recognise(source, **options)
+    with pytest.raises(DataError, match="there is no such folder of pictures"):
+        recognise(write_jsonl(pictures / "l.jsonl", [{"image": "red.png"}]), images=pictures / "nowhere")
     with pytest.raises(UsageError, match="not a folder, nor a regular file"):
         recognise(Path(os.devnull))
     with pytest.raises(DataError, match="is itself a picture"):
