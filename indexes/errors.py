@@ -7,6 +7,7 @@ DiptychError
 │   ├── StoreCorrupt        a file of it is damaged
 │   └── ModelMismatch       it was made with another model
 ├── FilterError             a filter that cannot be applied: an unknown column, values of different types
+├── ExchangeError           files of another tool's vectors or of what they belong to do not fit
 ├── ColumnError             a column of metadata has a name or a value that cannot be stored
 ├── VectorError             vectors that cannot be compared: wrong width, zero, NaN
 └── (retrieval.errors: ImageError, ModelError, DataError, MissingExtra)
@@ -49,3 +50,7 @@ class FilterError(DiptychError):
 
 class ColumnError(DiptychError):
     """A column of metadata has a name that is taken, or a value of a kind that cannot be stored."""
+
+
+class ExchangeError(DiptychError):
+    """Files of vectors, or of what they belong to, are not what they should be, or contradict each other."""

@@ -29,6 +29,9 @@ class ModelRef:
     dim: int
 
 
+UNVERIFIED = "unverified"  # in place of a fingerprint: a model that was only named, by who imported its vectors
+
+
 @dataclass(frozen=True)
 class SegmentRef:
     """One immutable file of rows below ``segments/``; ``rows`` counts deleted ones too, as long as they are in it.

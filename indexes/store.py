@@ -20,6 +20,7 @@ from indexes.errors import ModelMismatch, StoreError, StoreLocked
 from indexes.manifest import (
     MANIFEST,
     SEGMENTS,
+    UNVERIFIED,
     AnnRef,
     Manifest,
     ModelRef,
@@ -33,7 +34,7 @@ from indexes.snapshot import ANN_FILE, Snapshot
 from indexes.vectors import Hits, Vectors, as_vectors, check_search, check_width
 from indexes.writer import Writer, cannot_write
 
-__all__ = ["MANIFEST", "Failure", "ModelRef", "Row", "SourceRef", "Store", "Wanted", "Writer"]
+__all__ = ["MANIFEST", "UNVERIFIED", "Failure", "ModelRef", "Row", "SourceRef", "Store", "Wanted", "Writer"]
 
 _LOCK = "write.lock"
 _STALE_ROWS = 1000  # searched exactly beside the FAISS file in under a millisecond …
@@ -108,6 +109,13 @@ class Store:
 
     def check_model(self, fingerprint: str, name: str) -> None:
         """Refuse a model whose vectors cannot be compared with the stored ones. Raises ModelMismatch."""
+        if self.model.fingerprint == UNVERIFIED:
+            if name == self.model.name:
+                return
+            raise ModelMismatch(
+                f"the vectors in {self.path} were imported as those of {self.model.name}: leave out --model, or "
+                "make a second index with --index PATH"
+            )
         if fingerprint != self.model.fingerprint:
             same = " in another version" if name == self.model.name else f", not with {name}"
             raise ModelMismatch(

@@ -92,6 +92,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = tuple(_UPRIGHT[i] for i in (5, 6, 7, 8))
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,25 @@ def read_photo(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> Photo:
         return _decode(io.BytesIO(source), max_pixels)
     with _opened(source) as stream:
         return _decode(stream, max_pixels)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What :func:`read_photo` would tell of a picture beside its pixels, by the names of its fields, undecoded.
+
+    Empty for what is no picture. A PNG that carries its EXIF behind the pixels is not waited for.
+    """
+    try:
+        with _opened(path) as stream:
+            name, picture = _open(stream)
+            width, height = picture.size
+            exif = _exif(picture)
+            # TIFF and HEIC say the upright size already, and the same turn again in their EXIF.
+            turned = name not in ("TIFF", "HEIC") and _orientation(exif) in _SIDEWAYS
+            latitude, longitude = _place(exif)
+    except ImageError:
+        return {}
+    size = {"width": height, "height": width} if turned else {"width": width, "height": height}
+    return {**size, "taken_at": _taken_at(exif), "latitude": latitude, "longitude": longitude}
 
 
 def read_file(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
@@ -156,7 +176,8 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _decode(stream: IO[bytes], max_pixels: int) -> Photo:
+def _open(stream: IO[bytes]) -> tuple[str, ImageFile.ImageFile]:
+    """The name of the format, and the picture with its header read. Raises ImageError."""
     head = stream.read(_HEAD)
     stream.seek(0)
     known = next((known for known in _DECODERS if known[0].match(head)), None)
@@ -166,7 +187,16 @@ def _decode(stream: IO[bytes], max_pixels: int) -> Photo:
     try:
         if name == "HEIC":
             _check_item_names(stream)
-        picture: ImageFile.ImageFile = getattr(importlib.import_module(module), decoder)(stream)
+        return name, getattr(importlib.import_module(module), decoder)(stream)
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise whatever they like
+        raise ImageError(_reason(name, error)) from error
+
+
+def _decode(stream: IO[bytes], max_pixels: int) -> Photo:
+    name, picture = _open(stream)
+    try:
         _check_pixels(picture.width * picture.height, max_pixels)
         picture.load()
         image = to_rgb(picture)

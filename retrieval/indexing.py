@@ -133,7 +133,9 @@ def make_plan(library: Library, below: str) -> Plan:
 
     rows = library.store.rows()
     columns = (rows[name].to_pylist() for name in ("id", "size", "mtime_ns", "hash"))
-    stored = dict(zip(library.store.paths(), zip(*columns, strict=True), strict=True))
+    kinds = rows["kind"].to_pylist()  # texts, which an import may bring, name pictures and are no files
+    pictures = zip(library.store.paths(), kinds, zip(*columns, strict=True), strict=True)
+    stored = {path: row for path, kind, row in pictures if kind != "text"}
     failed = {failure.path: failure for failure in library.store.failures()}
     seen: set[str] = set()
     for file in scan(library.root, below, on_error=unreadable):

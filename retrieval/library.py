@@ -19,7 +19,7 @@ from PIL import Image
 from indexes import filters
 from indexes.errors import StoreNotFound
 from indexes.segments import ROW_SCHEMA, names
-from indexes.store import MANIFEST, ModelRef, Store
+from indexes.store import MANIFEST, UNVERIFIED, ModelRef, Store
 from indexes.vectors import Vectors
 from retrieval.bundle import Bundle
 from retrieval.encoders import BUILTIN, Encoder, data_folder, find_bundle, lasting_spec, load_encoder
@@ -155,11 +155,7 @@ class Library:
         folder = corpus.root if corpus else folder.expanduser().absolute()
         name = encoder.name if encoder else lasting_spec(model)
         encoder = encoder or load_encoder(model, **loading)  # type: ignore[arg-type]
-        inside = index is None and os.access(folder, os.W_OK)
-        beside, outside = folder / STORE_NAME, _outside_store(folder)
-        if corpus and corpus.store != beside:
-            beside, outside = corpus.store, _outside_store(corpus.store)
-        place = beside if inside else (index or outside).expanduser().absolute()
+        place, inside = place_for(folder, index, corpus.store if corpus else None)
         reference = ModelRef(name, encoder.fingerprint, encoder.dim)
         source = corpus.source if corpus else None
         return cls(Store.create(place, None if inside else folder, reference, source), encoder, **loading)
@@ -170,7 +166,7 @@ class Library:
         if self._given is not None:
             return self._given
         encoder = load_encoder(self.store.model.name, **self._loading)  # type: ignore[arg-type]
-        self.store.check_model(encoder.fingerprint, encoder.name)
+        self.store.check_model(encoder.fingerprint, self.store.model.name)  # a bundle may call itself otherwise
         return encoder
 
     @property
@@ -284,7 +280,8 @@ class Library:
     def check(self) -> list[str]:
         """Recompute every checksum of the index, and its model's fingerprint; a line for each thing that is wrong."""
         problems = self.store.check()
-        folder = find_bundle(self.store.model.name)
+        verified = self.store.model.fingerprint != UNVERIFIED
+        folder = find_bundle(self.store.model.name) if verified else None
         if folder is not None:
             bundle = Bundle.load(folder)
             if bundle.compute_fingerprint() != bundle.fingerprint:
@@ -414,6 +411,15 @@ def find_store(folder: Path) -> Path | None:
             if (store / MANIFEST).is_file():
                 return store
     return None
+
+
+def place_for(folder: Path, index: Path | None, beside: Path | None = None) -> tuple[Path, bool]:
+    """Where a new store of a folder goes, and whether that is its own place inside: `beside`, or FOLDER/.diptych."""
+    own = folder / STORE_NAME
+    inside = index is None and os.access(folder, os.W_OK)
+    if inside:
+        return beside or own, True
+    return (index or _outside_store(folder if beside in (None, own) else beside)).expanduser().absolute(), False
 
 
 def _outside_store(folder: Path) -> Path:

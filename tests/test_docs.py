@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -64,6 +65,24 @@ def test_readme_commands_run(folder):
         )
         assert run.returncode == 0, (line, run.stderr)
     assert len(run.stdout.splitlines()) == 10
+
+
+def test_the_page_of_import_and_export_runs(folder):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    (folder / "bin").mkdir()
+    command = folder / "bin" / "diptych"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -c "from cli.main import run; run()" "$@"\n')
+    command.chmod(0o755)
+    env["PATH"] = f"{command.parent}{os.pathsep}{env['PATH']}"
+    script = "\n".join(["set -e", *blocks("docs/exchange.md", "sh")])
+    run = subprocess.run(["sh", "-c", script], cwd=folder, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "nothing new; 20 pictures searchable" in run.stderr
+    assert "imported 2 pictures into" in run.stderr
+    assert run.stdout.splitlines()[0].endswith("chelsea.png")
+    (block,) = blocks("docs/exchange.md", "python")
+    run = subprocess.run([sys.executable, "-c", block], cwd=folder, env=env, capture_output=True, text=True)
+    assert (run.returncode, run.stdout.splitlines()[-1]) == (0, "20 builtin"), run.stderr
 
 
 def test_every_command_is_in_the_manual():

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from retrieval.errors import ImageError, ModelError
-from retrieval.images import IMAGE_SUFFIXES, MAX_PIXELS, Preprocessing, read_photo, to_rgb
+from retrieval.images import IMAGE_SUFFIXES, MAX_PIXELS, Preprocessing, read_header, read_photo, to_rgb
 from tests.odd_photos import TINY_HEIC, encode, exif, make_odd_folder, picture, png16, real_photos
 
 
@@ -62,6 +62,25 @@ def test_every_unreadable_oddity_has_its_reason(odd):
             read_photo(odd.path / name)
         assert reason in str(raised.value), name
         assert str(odd.path) not in str(raised.value)
+
+
+def beside_pixels(photo) -> dict:
+    return {name: getattr(photo, name) for name in ("width", "height", "taken_at", "latitude", "longitude")}
+
+
+def test_the_header_says_what_the_whole_picture_does(odd, tmp_path):
+    for path in odd.good:
+        assert read_header(odd.path / path) == beside_pixels(read_photo(odd.path / path)), path
+    for photo in (*real_photos(), TINY_HEIC):
+        assert read_header(photo) == beside_pixels(read_photo(photo)), photo
+    for path in odd.bad:  # a header may be whole where the rest is not
+        assert read_header(odd.path / path).keys() in (set(), beside_pixels(read_photo(TINY_HEIC)).keys())
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF"):
+        for orientation in range(1, 9):
+            file = tmp_path / f"{orientation}.{kind}"
+            file.write_bytes(encode(picture(1), kind, exif=exif(orientation)))
+            assert read_header(file) == beside_pixels(read_photo(file)), file
+    assert read_header(tmp_path / "gone.jpg") == read_header(tmp_path) == {}
 
 
 def test_real_photos_equal_a_plain_pillow_read():
