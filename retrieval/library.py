@@ -20,6 +20,7 @@ from indexes.errors import StoreNotFound
 from indexes.store import MANIFEST, ModelRef, Store
 from indexes.vectors import Vectors
 from retrieval.bundle import Bundle
+from retrieval.duplicates import Duplicates, Grade, Thresholds, find_duplicates
 from retrieval.encoders import BUILTIN, Encoder, data_folder, find_bundle, lasting_spec, load_encoder
 from retrieval.errors import ImageError, UsageError
 from retrieval.images import MAX_PIXELS, read_photo
@@ -230,6 +231,30 @@ class Library:
             )
             for row, score, fields in zip(found, hits.scores[0], picked.to_pylist(), strict=False)
         ]
+
+    def duplicates(
+        self,
+        grade: Grade | None = None,
+        *,
+        below: str = "",
+        thresholds: Thresholds | None = None,
+        progress: Progress | None = None,
+    ) -> Duplicates:
+        """Groups of pictures that are there more than once. Nothing is changed, and the folder is not scanned for news.
+
+        Args:
+            grade: ``same-file`` (equal content), ``re-encoded`` (the same picture again: another format, size or
+                quality, or light edits) or ``similar`` (another shot of the scene, or stronger edits). The groups are
+                then those of everything linked at this grade or a finer one. None: each picture stands in one group,
+                with all that it belongs to at any grade; the group's grade is the finest that holds all of it together.
+            below: only pictures in this folder, relative to the root.
+            thresholds: from where on pictures count as duplicates; the default is calibrated for the built-in model.
+            progress: called with (comparisons done, comparisons in all), and again for the pictures that are opened.
+
+        Raises:
+            UsageError: there is no such grade.
+        """
+        return find_duplicates(self, grade, below=below, thresholds=thresholds, progress=progress)
 
     def query_vector(self, terms: Sequence[Term]) -> Vectors:
         """(D,) unit vector: the normalised weighted sum of the terms' vectors. UsageError when they cancel out."""
