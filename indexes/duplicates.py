@@ -27,8 +27,8 @@ Block: TypeAlias = Callable[[int, int], NDArray[Any]]
 
 _READ = 16_384  # rows at a time: 32 MB in float32 at 512 dimensions
 _EXACT = 20_000  # rows that are all compared with each other: 3 s on two cores at 512 dimensions
-_CELL = 500  # rows of a mean cell; see _cells for the cost
-_PROBES = 3  # cells that each row lies in
+_CELL = 500  # rows in a cell, on average; see _cells for the cost
+_PROBES = 5  # cells that each row is compared with
 _SAMPLE = 50  # rows that k-means sees for each cell: FAISS warns below 39
 _PRODUCTS = 1 << 24  # cosines held at a time: 64 MB
 _LINKS = 1 << 25  # links kept in all, so that memory is bounded whatever the rows are …
@@ -90,12 +90,17 @@ def _first_of_equals(keys: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def near_pairs(
-    block: Block, rows: NDArray[np.int64], threshold: float, progress: Callable[[int, int], None] | None = None
+    block: Block,
+    rows: NDArray[np.int64],
+    threshold: float,
+    *,
+    exact: int = _EXACT,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Pairs:
     """Find the pairs of rows with a cosine of at least the threshold, out of core.
 
-    Up to 20,000 rows this is exact. Above, each row is compared with those of the cells of k-means that it is nearest
-    to (as FAISS's IVF does: Jégou et al., PAMI 2011); ``python -m benchmarks.duplicates`` measures what that misses.
+    Up to 20,000 distinct rows this is exact. Above, each row is compared with those in the cells of k-means that it is
+    nearest to (as FAISS's IVF does: Jégou et al., PAMI 2011); ``python -m benchmarks.duplicates`` measures what that misses.
     The vectors are copied to a temporary file in the precision they come in, and memory holds a block of them.
 
     Rows that are equal bit for bit are compared as one: each is paired with the first of them alone, with a cosine of
@@ -106,6 +111,7 @@ def near_pairs(
         block: the vectors.
         rows: the positions that are to be compared, rising.
         threshold: a cosine, above 0.
+        exact: up to how many distinct rows all are compared with each other.
         progress: called with (comparisons done, comparisons in all).
 
     Raises:
@@ -120,12 +126,13 @@ def near_pairs(
         distinct = np.flatnonzero(same == np.arange(len(rows)))
         twins = np.flatnonzero(same != np.arange(len(rows)))
         found = _Links(len(rows), twins, same[twins])
-        cells = _cells(copy, distinct)
-        sizes = np.array([len(cell) for cell in cells], np.float64) ** 2
-        for cell, done in zip(cells, np.cumsum(sizes), strict=True):
-            found.add(*_within(as_vectors(copy[cell]), cell, threshold, found.most))
+        cells = [(distinct, distinct)] if len(distinct) <= exact else list(_cells(copy, distinct))
+        work = np.cumsum([float(len(a)) * len(b) for a, b in cells])
+        for (a, b), done in zip(cells, work, strict=True):
+            for pairs in _across(copy, a, b, threshold, found.most):
+                found.add(*pairs)
             if progress:
-                progress(int(done), int(sizes.sum()))
+                progress(int(done), int(work[-1]))
     first, second, scores = found.result()
     return Pairs(rows[first], rows[second], scores)
 
@@ -146,50 +153,56 @@ def _copy(block: Block, rows: NDArray[np.int64], file: Any) -> tuple[NDArray[Any
     return copy, _first_of_equals(np.frombuffer(b"".join(digests), "V16"))
 
 
-def _cells(copy: NDArray[Any], rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Sets of rows so that those near each other lie in one together, nearly always.
+def _cells(copy: NDArray[Any], rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Sets of rows (a, b), so that nearly every near pair is one of a row in an `a` with a row in the `b` beside it.
 
-    For n rows in k cells, p each, finding the cells takes n·k products and comparing inside them (n·p)²/k: with k =
-    n / 500 and p = 3 one million rows take 7·10^9 products, and all with all would take 10^12.
+    Each row lies in the `b` of the cell whose centre it is nearest to, and in the `a` of its nearest few cells. For n
+    rows in k cells of which p are looked into, finding the cells takes n·k products and comparing n·p·n/k, times about
+    4 since cells are of unequal sizes: with k = n / 500 one million rows take 2·10^9 and 10^10, and all with all 10^12.
     """
-    if len(rows) <= _EXACT:
-        return [rows]
-    count = len(rows) // _CELL
+    count = max(1, len(rows) // _CELL)
     sample = np.random.default_rng(0).choice(rows, min(len(rows), count * _SAMPLE), replace=False)
     faiss = runtime.faiss()
     kmeans = faiss.Kmeans(copy.shape[1], count, niter=8, spherical=True, seed=1)
     kmeans.train(as_vectors(copy[np.sort(sample)]))
+    probes = min(_PROBES, count)
     nearest = np.concatenate(
         [
-            kmeans.index.search(as_vectors(copy[rows[i : i + _READ]]), _PROBES)[1].astype(np.int32)
+            kmeans.index.search(as_vectors(copy[rows[i : i + _READ]]), probes)[1].astype(np.int32)
             for i in range(0, len(rows), _READ)
         ]
     )
-    order = np.argsort(nearest.ravel(), kind="stable")
-    bounds = np.searchsorted(nearest.ravel()[order], np.arange(count + 1))
-    cells = [rows[order[begin:end] // _PROBES] for begin, end in pairwise(bounds) if end - begin > 1]
-    # Rows by the thousand that k-means cannot tell apart: cut, since each then has more near rows than are kept anyway.
-    return [part for cell in cells for part in np.array_split(cell, math.ceil(len(cell) / _EXACT))]
+    askers, owners = _by_cell(nearest.ravel(), count), _by_cell(nearest[:, 0], count)
+    for asking, owned in zip(askers, owners, strict=True):
+        # Rows by the thousand that k-means cannot tell apart: cut, to bound memory.
+        for part in np.array_split(owned, math.ceil(len(owned) / _EXACT)) if len(owned) else ():
+            yield rows[asking // probes], rows[part]
 
 
-def _within(
-    unit: Vectors, names: NDArray[np.int64], threshold: float, most: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """All pairs of some rows (n, D), from each row's side; but of one row's the nearest only."""
-    parts = []
-    step = max(1, _PRODUCTS // len(unit))
-    for start in range(0, len(unit), step):
-        products = unit[start : start + step] @ unit.T
-        here = np.arange(len(products))
-        products[here, start + here] = -1
+def _by_cell(cells: NDArray[np.int32], count: int) -> list[NDArray[np.int64]]:
+    """For each cell where it stands in a list of cells, rising."""
+    order = np.argsort(cells, kind="stable")
+    return np.split(order, np.searchsorted(cells[order], np.arange(1, count)))
+
+
+def _across(
+    copy: NDArray[Any], a: NDArray[np.int64], b: NDArray[np.int64], threshold: float, most: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
+    """The pairs of a row in `a` with another one in `b`; of each row in `a` with its nearest only."""
+    others = as_vectors(copy[b])
+    step = min(_READ, max(1, _PRODUCTS // len(b)))
+    for start in range(0, len(a), step):
+        some = a[start : start + step]
+        products = as_vectors(copy[some]) @ others.T
+        at = np.minimum(np.searchsorted(b, some), len(b) - 1)
+        itself = np.flatnonzero(b[at] == some)
+        products[itself, at[itself]] = -1
         near = products >= threshold
         for i in np.flatnonzero(np.count_nonzero(near, axis=1) > most):
             near[i] = False
             near[i, np.argpartition(-products[i], most)[:most]] = True
         row, other = np.nonzero(near)
-        parts.append((names[start + row], names[other], products[row, other]))
-    first, second, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return first, second, scores
+        yield some[row], b[other], products[row, other]
 
 
 class _Links:

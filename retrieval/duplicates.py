@@ -114,7 +114,7 @@ def find_duplicates(
         lowest = ask.similar if grade != GRADES[1] else ask.re_encoded if files_here else ask.blind
         first = labels[GRADES[0]]
         unique = np.flatnonzero(first == np.arange(len(rows)))
-        pairs = near_pairs(stored_block(snapshot), rows[unique], min(lowest, ask.re_encoded), progress)
+        pairs = near_pairs(stored_block(snapshot), rows[unique], min(lowest, ask.re_encoded), progress=progress)
         pairs = Pairs(np.searchsorted(rows, pairs.first), np.searchsorted(rows, pairs.second), pairs.scores)
         again = _same_picture(library, paths, table, pairs, ask, files_here, progress)
         labels[GRADES[1]] = _joined(first, again)
