@@ -45,7 +45,7 @@ def dedupe(
     from retrieval.library import Library
 
     library = Library.open(folder, index=index)
-    with render.progress("comparing", "") as advance:
+    with render.progress("comparing", "pictures") as advance:
         found = library.duplicates(grade.value if grade else None, below=library.below(folder), progress=advance)
     if html or open_:
         from retrieval.report import write_duplicates_page

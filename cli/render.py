@@ -194,10 +194,10 @@ def duplicates_summary(found: Duplicates, library: Library) -> None:
     """How many groups of each grade, and what was left out."""
     counts = Counter(group.grade for group in found.groups)
     groups = ", ".join(f"{count:,} {grade}" for grade, count in counts.items())
-    note(f"{found.compared:,} pictures compared; groups: {groups or 'none'}")
+    note(f"pictures compared: {found.compared:,}; groups: {groups or 'none'}")
     if found.stale:
-        what = "1 picture has" if found.stale == 1 else f"{found.stale:,} pictures have"
-        note(f"{what} changed or gone since the last run, and are left out: diptych index {library.root}")
+        remedy = f"take that in with  diptych index {library.root}"
+        note(f"left out, changed or gone since the last run: {found.stale:,}; {remedy}")
 
 
 def evaluation(result: Evaluation) -> None:

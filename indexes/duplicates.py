@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from indexes import runtime
 from indexes.snapshot import Snapshot
-from indexes.vectors import Vectors, as_vectors
+from indexes.vectors import as_vectors
 
 Block: TypeAlias = Callable[[int, int], NDArray[Any]]
 """(start, stop) -> the vectors of these positions, (stop - start, D), float16 or float32, of any length but zero."""
@@ -28,7 +28,7 @@ Block: TypeAlias = Callable[[int, int], NDArray[Any]]
 _READ = 16_384  # rows at a time: 32 MB in float32 at 512 dimensions
 _EXACT = 20_000  # rows that are all compared with each other: 3 s on two cores at 512 dimensions
 _CELL = 500  # rows in a cell, on average; see _cells for the cost
-_PROBES = 5  # cells that each row is compared with
+_PROBES = 4  # cells that each row is compared with
 _SAMPLE = 50  # rows that k-means sees for each cell: FAISS warns below 39
 _PRODUCTS = 1 << 24  # cosines held at a time: 64 MB
 _LINKS = 1 << 25  # links kept in all, so that memory is bounded whatever the rows are …
@@ -100,8 +100,8 @@ def near_pairs(
     """Find the pairs of rows with a cosine of at least the threshold, out of core.
 
     Up to 20,000 distinct rows this is exact. Above, each row is compared with those in the cells of k-means that it is
-    nearest to (as FAISS's IVF does: Jégou et al., PAMI 2011); ``python -m benchmarks.duplicates`` measures what that misses.
-    The vectors are copied to a temporary file in the precision they come in, and memory holds a block of them.
+    nearest to (as FAISS's IVF does: Jégou et al., PAMI 2011); ``benchmarks.duplicates`` measures what that misses. The
+    vectors are copied to a temporary file in the precision they come in, and memory holds a block of them.
 
     Rows that are equal bit for bit are compared as one: each is paired with the first of them alone, with a cosine of
     1. Of a row with very many near ones only pairs with the nearest are kept (16 to 256, the more the fewer rows there
@@ -112,7 +112,7 @@ def near_pairs(
         rows: the positions that are to be compared, rising.
         threshold: a cosine, above 0.
         exact: up to how many distinct rows all are compared with each other.
-        progress: called with (comparisons done, comparisons in all).
+        progress: called with (rows done, rows to do); a row that is compared with several cells counts several times.
 
     Raises:
         VectorError: a row is zero, NaN or infinite.
@@ -127,12 +127,13 @@ def near_pairs(
         twins = np.flatnonzero(same != np.arange(len(rows)))
         found = _Links(len(rows), twins, same[twins])
         cells = [(distinct, distinct)] if len(distinct) <= exact else list(_cells(copy, distinct))
-        work = np.cumsum([float(len(a)) * len(b) for a, b in cells])
-        for (a, b), done in zip(cells, work, strict=True):
-            for pairs in _across(copy, a, b, threshold, found.most):
+        done, total = 0, sum(len(a) for a, _ in cells)
+        for a, b in cells:
+            for asked, pairs in _across(copy, a, b, threshold, found.most):
                 found.add(*pairs)
-            if progress:
-                progress(int(done), int(work[-1]))
+                done += asked
+                if progress:
+                    progress(done, total)
     first, second, scores = found.result()
     return Pairs(rows[first], rows[second], scores)
 
@@ -187,8 +188,8 @@ def _by_cell(cells: NDArray[np.int32], count: int) -> list[NDArray[np.int64]]:
 
 def _across(
     copy: NDArray[Any], a: NDArray[np.int64], b: NDArray[np.int64], threshold: float, most: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
-    """The pairs of a row in `a` with another one in `b`; of each row in `a` with its nearest only."""
+) -> Iterator[tuple[int, tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]]:
+    """Some rows of `a` at a time: how many, and their pairs with other rows in `b`; of each with its nearest only."""
     others = as_vectors(copy[b])
     step = min(_READ, max(1, _PRODUCTS // len(b)))
     for start in range(0, len(a), step):
@@ -202,7 +203,7 @@ def _across(
             near[i] = False
             near[i, np.argpartition(-products[i], most)[:most]] = True
         row, other = np.nonzero(near)
-        yield some[row], b[other], products[row, other]
+        yield len(some), (some[row], b[other], products[row, other])
 
 
 class _Links:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -35,20 +35,41 @@ _CHUNK = 4096  # pairs of thumbnails at a time: 32 MB
 
 @dataclass(frozen=True)
 class Thresholds:
-    """From where on two pictures are duplicates; calibrated for the built-in model, see docs/dedupe.md.
+    """From where on two pictures are duplicates, by the cosine of their vectors and the correlation of their pixels.
+
+    Calibrated for the built-in model by ``python -m benchmarks.duplicates``; docs/dedupe.md has what came of it.
 
     Attributes:
-        similar: cosine of two shots of one scene.
-        re_encoded: cosine of pictures that may be the same one again; their pixels are compared then.
-        pixels: correlation of two grey thumbnails of the same picture.
-        blind: cosine of the same picture again where there are no files whose pixels could be compared.
+        candidates: cosine from which on pictures are opened and their pixels compared.
+        same_pixels: correlation of the same picture again.
+        similar: cosine of two shots of one scene …
+        layout: … whose pixels correlate at least like this.
+        similar_alone: cosine that is enough without a look at the pixels.
+        same_alone: the same for the same picture again, where the pixels cannot be had and the shapes are equal.
 
     """
 
+    candidates: float = 0.80
+    same_pixels: float = 0.965
     similar: float = 0.90
-    re_encoded: float = 0.90
-    pixels: float = 0.95
-    blind: float = 0.97
+    layout: float = 0.40
+    similar_alone: float = 0.94
+    same_alone: float = 0.97
+
+    def judge(
+        self, cosines: NDArray[np.float32], pixels: NDArray[np.float32], shapes: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which of P pairs are (re-encoded, similar); every re-encoded one is similar.
+
+        Args:
+            cosines: (P,) of the vectors.
+            pixels: (P,) correlations of the thumbnails; NaN where there are none.
+            shapes: (P,) whether width : height is the same.
+        """
+        again = np.where(np.isnan(pixels), (cosines >= self.same_alone) & shapes, pixels >= self.same_pixels)
+        again &= cosines >= self.candidates
+        alike = (cosines >= self.similar_alone) | ((cosines >= self.similar) & (pixels >= self.layout))
+        return again, again | alike
 
 
 @dataclass(frozen=True)
@@ -110,15 +131,15 @@ def find_duplicates(
 
     labels = {GRADES[0]: equal_hashes(table["hash"])}
     if grade != GRADES[0]:
-        ask = thresholds or Thresholds()
-        lowest = ask.similar if grade != GRADES[1] else ask.re_encoded if files_here else ask.blind
-        first = labels[GRADES[0]]
+        ask, first = thresholds or Thresholds(), labels[GRADES[0]]
         unique = np.flatnonzero(first == np.arange(len(rows)))
-        pairs = near_pairs(stored_block(snapshot), rows[unique], min(lowest, ask.re_encoded), progress=progress)
+        lowest = ask.candidates if files_here else min(ask.similar_alone, ask.same_alone)
+        pairs = near_pairs(stored_block(snapshot), rows[unique], lowest, progress=progress)
         pairs = Pairs(np.searchsorted(rows, pairs.first), np.searchsorted(rows, pairs.second), pairs.scores)
-        again = _same_picture(library, paths, table, pairs, ask, files_here, progress)
-        labels[GRADES[1]] = _joined(first, again)
-        labels[GRADES[2]] = _joined(labels[GRADES[1]], pairs.take(pairs.scores >= ask.similar))
+        pixels = _compared([library.root / path for path in paths] if files_here else [], pairs, progress)
+        again, alike = ask.judge(pairs.scores, pixels, _same_shape(table, pairs))
+        labels[GRADES[1]] = _joined(first, pairs.take(again))
+        labels[GRADES[2]] = _joined(labels[GRADES[1]], pairs.take(alike))
     return Duplicates(tuple(_groups(library, labels, grade, paths, table)), len(rows), len(pictures) - len(rows))
 
 
@@ -143,30 +164,19 @@ def _present(library: Library, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
 # ---- the same picture again ------------------------------------------------------------------------------------------
 
 
-def _same_picture(
-    library: Library,
-    paths: list[str],
-    table: pa.Table,
-    pairs: Pairs,
-    ask: Thresholds,
-    files_here: bool,
-    progress: Progress | None,
-) -> Pairs:
-    """Those of the pairs that show the same picture, re-encoded, resized or lightly edited."""
-    if not files_here:
-        width, height = (table[name].to_numpy().astype(np.float64) for name in ("width", "height"))
-        shapes = np.log(width / height)
-        alike = np.abs(shapes[pairs.first] - shapes[pairs.second]) < _SHAPE  # false where one is not known
-        return pairs.take((pairs.scores >= ask.blind) & alike)
-    near = pairs.take(pairs.scores >= ask.re_encoded)
-    rows = np.unique([near.first, near.second])
+def _compared(files: Sequence[Path], pairs: Pairs, progress: Progress | None) -> NDArray[np.float32]:
+    """The likeness of each pair, by its files; NaN where one of them cannot be read."""
+    out = np.full(len(pairs.first), np.nan, np.float32)
+    if not files:
+        return out
+    rows = np.unique([pairs.first, pairs.second])
     small = np.zeros((len(rows), _SIDE * _SIDE), np.uint8)
     readable = np.zeros(len(rows), np.bool_)
 
     def read(row: int) -> NDArray[np.uint8] | None:
         try:
-            return thumbnail(read_photo(library.root / paths[row]).image)
-        except ImageError:  # damaged since: its vector still says that it is like others
+            return thumbnail(read_photo(files[row]).image)
+        except ImageError:  # its vector still says what it is like
             return None
 
     for i, (_, made) in enumerate(map_ahead(read, rows.tolist())):
@@ -174,9 +184,19 @@ def _same_picture(
             small[i], readable[i] = made, True
         if progress and (i % 16 == 15 or i + 1 == len(rows)):
             progress(i + 1, len(rows))
-    a, b = np.searchsorted(rows, near.first), np.searchsorted(rows, near.second)
-    same = likeness(small, a, b) >= ask.pixels
-    return near.take(same & readable[a] & readable[b])
+    first, second = np.searchsorted(rows, pairs.first), np.searchsorted(rows, pairs.second)
+    both = readable[first] & readable[second]
+    out[both] = likeness(small, first[both], second[both])
+    return out
+
+
+def _same_shape(table: pa.Table, pairs: Pairs) -> NDArray[np.bool_]:
+    """Whether width : height is the same; not where it is not known."""
+    width, height = (table[name].to_numpy().astype(np.float64) for name in ("width", "height"))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shapes = np.log(width / height)
+        same: NDArray[np.bool_] = np.abs(shapes[pairs.first] - shapes[pairs.second]) < _SHAPE
+    return same
 
 
 def thumbnail(image: Image.Image) -> NDArray[np.uint8]:

@@ -249,7 +249,7 @@ class Library:
                 with all that it belongs to at any grade; the group's grade is the finest that holds all of it together.
             below: only pictures in this folder, relative to the root.
             thresholds: from where on pictures count as duplicates; the default is calibrated for the built-in model.
-            progress: called with (comparisons done, comparisons in all), and again for the pictures that are opened.
+            progress: called with (pictures compared, pictures to compare), then with those whose pixels are looked at.
 
         Raises:
             UsageError: there is no such grade.

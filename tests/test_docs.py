@@ -43,8 +43,9 @@ def test_python_examples_run(folder):
     lines = run.stdout.splitlines()
     assert lines[0] == "20 added, 0 unreadable"
     assert lines[1].startswith("coffee.png 0.")
-    assert lines[2] == "1.0 1.0 (1.0, 1.0)"
-    assert lines[3] == "['chelsea.png', 'coffee.png']"
+    assert lines[2] == "same-file ['coffee again.png', 'coffee.png']"
+    assert lines[3] == "1.0 1.0 (1.0, 1.0)"
+    assert lines[4] == "['chelsea.png', 'coffee.png']"
 
 
 def test_readme_commands_run(folder):

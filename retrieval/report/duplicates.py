@@ -41,10 +41,12 @@ def duplicates_page(found: Duplicates, title: str) -> str:
             left = f"; the first {_GROUPS} are shown" if len(groups) > _GROUPS else ""
             count = sum(len(group.copies) for group in groups)
             sections.append(f"<h2>{_NAMES[grade]}</h2>")
-            sections.append(f'<p class="quiet">{count:,} pictures in {len(groups):,} groups{left}</p>')
+            sections.append(
+                f'<p class="quiet">{count:,} pictures in {len(groups):,} group{"s"[: len(groups) > 1]}{left}</p>'
+            )
             sections += [_group(group) for group in groups[:_GROUPS]]
     if not found.groups:
-        sections.append(f'<p class="quiet">No duplicates among {found.compared:,} pictures.</p>')
+        sections.append(f'<p class="quiet">No duplicates; pictures compared: {found.compared:,}.</p>')
     return page.document(title, _STYLE, "\n".join(sections))
 
 
