@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -26,7 +27,7 @@ Grade = Literal["same-file", "re-encoded", "similar"]
 GRADES: tuple[Grade, ...] = get_args(Grade)  # from the finest to the coarsest
 Progress = Callable[[int, int], None]
 
-_SIDE = 32  # pixels of the thumbnails that are compared
+_SIDE = 32  # pixels of a thumbnail
 _FLAT = 2.0  # grey levels: a picture that varies less shows nothing
 _SHAPE = 0.02  # by how much the aspect ratio may change
 _TWINS = 0.9999  # a cosine that rounding and lossless formats leave
@@ -35,41 +36,101 @@ _CHUNK = 4096  # pairs of thumbnails at a time: 32 MB
 
 @dataclass(frozen=True)
 class Thresholds:
-    """From where on two pictures are duplicates, by the cosine of their vectors and the correlation of their pixels.
+    """From where on two pictures are duplicates: by the cosine of their vectors, and by what their pixels share.
 
     Calibrated for the built-in model by ``python -m benchmarks.duplicates``; docs/dedupe.md has what came of it.
 
     Attributes:
-        candidates: cosine from which on pictures are opened and their pixels compared.
-        same_pixels: correlation of the same picture again.
-        similar: cosine of two shots of one scene …
-        layout: … whose pixels correlate at least like this.
-        similar_alone: cosine that is enough without a look at the pixels.
-        same_alone: the same for the same picture again, where the pixels cannot be had and the shapes are equal.
+        candidates: cosine from which on pictures are opened and compared by their pixels.
+        same_layout: correlation of the same picture again.
+        similar: cosine of two shots of one scene, …
+        layout: … whose greys correlate at least like this …
+        colours: … and whose colours overlap at least like this; …
+        either: … or one of the two is at least this.
+        same_alone: cosine of the same picture again where the pixels cannot be had and the shapes are equal.
+        similar_alone: cosine of two shots of one scene where the pixels cannot be had.
 
     """
 
     candidates: float = 0.80
-    same_pixels: float = 0.965
+    same_layout: float = 0.965
     similar: float = 0.90
-    layout: float = 0.40
-    similar_alone: float = 0.94
+    layout: float = 0.30
+    colours: float = 0.70
+    either: float = 0.90
     same_alone: float = 0.97
+    similar_alone: float = 0.95
 
-    def judge(
-        self, cosines: NDArray[np.float32], pixels: NDArray[np.float32], shapes: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Which of P pairs are (re-encoded, similar); every re-encoded one is similar.
+    def judge(self, cosines: NDArray[np.float32], pixels: Likeness, shapes: NDArray[np.bool_]) -> NDArray[np.int8]:
+        """The grade of each of P pairs of different files: 1 re-encoded, 2 similar, 3 neither.
 
         Args:
             cosines: (P,) of the vectors.
-            pixels: (P,) correlations of the thumbnails; NaN where there are none.
+            pixels: (P,) what the thumbnails share.
             shapes: (P,) whether width : height is the same.
         """
-        again = np.where(np.isnan(pixels), (cosines >= self.same_alone) & shapes, pixels >= self.same_pixels)
-        again &= cosines >= self.candidates
-        alike = (cosines >= self.similar_alone) | ((cosines >= self.similar) & (pixels >= self.layout))
-        return again, again | alike
+        blind = np.isnan(pixels.layout)
+        again = np.where(
+            blind,
+            (cosines >= self.same_alone) & shapes,
+            (cosines >= self.candidates) & (pixels.layout >= self.same_layout),
+        )
+        scene = (pixels.layout >= self.layout) & (pixels.colours >= self.colours)
+        scene |= np.maximum(pixels.layout, pixels.colours) >= self.either
+        alike = np.where(blind, cosines >= self.similar_alone, (cosines >= self.similar) & scene)
+        return np.select([again, alike], [1, 2], 3).astype(np.int8)
+
+
+@dataclass(frozen=True)
+class Sketches:
+    """What is kept of N pictures to compare them: two kilobytes each, of a thumbnail of 32 × 32 pixels.
+
+    Attributes:
+        greys: (N, 1024) uint8.
+        colours: (N, 512) uint16, a histogram of 8 × 8 × 8 colours.
+
+    """
+
+    greys: NDArray[np.uint8]
+    colours: NDArray[np.uint16]
+
+    @classmethod
+    def empty(cls, count: int) -> Sketches:
+        """Room for so many pictures."""
+        return cls(np.zeros((count, _SIDE * _SIDE), np.uint8), np.zeros((count, 512), np.uint16))
+
+    def draw(self, i: int, image: Image.Image) -> None:
+        """Take in a picture, RGB: both sides squashed, each pixel the mean of an area."""
+        small = image.resize((_SIDE, _SIDE), Image.Resampling.BOX)
+        self.greys[i] = np.asarray(small.convert("L")).ravel()
+        red, green, blue = np.moveaxis(np.asarray(small).astype(np.int64) // 32, 2, 0)
+        self.colours[i] = np.bincount((64 * red + 8 * green + blue).ravel(), minlength=512)
+
+    def compare(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> Likeness:
+        """What pairs of pictures share."""
+        out = Likeness(np.empty(len(first), np.float32), np.empty(len(first), np.float32))
+        for start in range(0, len(first), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            out.layout[part] = _correlation(self.greys[first[part]], self.greys[second[part]])
+            out.colours[part] = np.minimum(self.colours[first[part]], self.colours[second[part]]).sum(axis=1)
+        out.colours[:] /= _SIDE * _SIDE
+        return out
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What the pixels of P pairs of pictures share; NaN where one of them cannot be read.
+
+    Attributes:
+        layout: (P,) float32, correlation of the greys: -1 to 1, blind to brightness and contrast. A picture without
+            contrast correlates with nothing, and is like another such one.
+        colours: (P,) float32, share of pixels whose colours the other has as well: histogram intersection (Swain and
+            Ballard, IJCV 1991).
+
+    """
+
+    layout: NDArray[np.float32]
+    colours: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -131,15 +192,15 @@ def find_duplicates(
 
     labels = {GRADES[0]: equal_hashes(table["hash"])}
     if grade != GRADES[0]:
-        ask, first = thresholds or Thresholds(), labels[GRADES[0]]
-        unique = np.flatnonzero(first == np.arange(len(rows)))
+        ask = thresholds or Thresholds()
+        unique = np.flatnonzero(labels[GRADES[0]] == np.arange(len(rows)))
         lowest = ask.candidates if files_here else min(ask.similar_alone, ask.same_alone)
         pairs = near_pairs(stored_block(snapshot), rows[unique], lowest, progress=progress)
         pairs = Pairs(np.searchsorted(rows, pairs.first), np.searchsorted(rows, pairs.second), pairs.scores)
         pixels = _compared([library.root / path for path in paths] if files_here else [], pairs, progress)
-        again, alike = ask.judge(pairs.scores, pixels, _same_shape(table, pairs))
-        labels[GRADES[1]] = _joined(first, pairs.take(again))
-        labels[GRADES[2]] = _joined(labels[GRADES[1]], pairs.take(alike))
+        judged = ask.judge(pairs.scores, pixels, _same_shape(table, pairs))
+        for place, name in enumerate(GRADES[1:], 1):
+            labels[name] = _joined(labels[GRADES[place - 1]], pairs.take(judged <= place))
     return Duplicates(tuple(_groups(library, labels, grade, paths, table)), len(rows), len(pictures) - len(rows))
 
 
@@ -164,29 +225,26 @@ def _present(library: Library, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
 # ---- the same picture again ------------------------------------------------------------------------------------------
 
 
-def _compared(files: Sequence[Path], pairs: Pairs, progress: Progress | None) -> NDArray[np.float32]:
-    """The likeness of each pair, by its files; NaN where one of them cannot be read."""
-    out = np.full(len(pairs.first), np.nan, np.float32)
+def _compared(files: Sequence[Path], pairs: Pairs, progress: Progress | None) -> Likeness:
+    """What each pair shares, by its files."""
+    out = Likeness(*(np.full(len(pairs.first), np.nan, np.float32) for _ in range(2)))
     if not files:
         return out
     rows = np.unique([pairs.first, pairs.second])
-    small = np.zeros((len(rows), _SIDE * _SIDE), np.uint8)
-    readable = np.zeros(len(rows), np.bool_)
+    sketches, readable = Sketches.empty(len(rows)), np.zeros(len(rows), np.bool_)
 
-    def read(row: int) -> NDArray[np.uint8] | None:
-        try:
-            return thumbnail(read_photo(files[row]).image)
-        except ImageError:  # its vector still says what it is like
-            return None
+    def read(i: int) -> None:
+        with suppress(ImageError):  # its vector still says what it is like
+            sketches.draw(i, read_photo(files[rows[i]]).image)
+            readable[i] = True
 
-    for i, (_, made) in enumerate(map_ahead(read, rows.tolist())):
-        if made is not None:
-            small[i], readable[i] = made, True
+    for i, _ in map_ahead(read, range(len(rows))):
         if progress and (i % 16 == 15 or i + 1 == len(rows)):
             progress(i + 1, len(rows))
     first, second = np.searchsorted(rows, pairs.first), np.searchsorted(rows, pairs.second)
     both = readable[first] & readable[second]
-    out[both] = likeness(small, first[both], second[both])
+    shared = sketches.compare(first[both], second[both])
+    out.layout[both], out.colours[both] = shared.layout, shared.colours
     return out
 
 
@@ -199,25 +257,12 @@ def _same_shape(table: pa.Table, pairs: Pairs) -> NDArray[np.bool_]:
     return same
 
 
-def thumbnail(image: Image.Image) -> NDArray[np.uint8]:
-    """A picture as 32 × 32 greys, (1024,): both sides squashed, each grey the mean of an area."""
-    return np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX), np.uint8).ravel()
-
-
-def likeness(thumbnails: NDArray[np.uint8], first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.float32]:
-    """How alike two pictures are, for pairs of thumbnails: the correlation of their greys, (P,).
-
-    Blind to brightness and contrast. A picture without contrast correlates with nothing, and is like another such one.
-    """
-    out = np.empty(len(first), np.float32)
-    for start in range(0, len(first), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        a, b = (thumbnails[side[part]].astype(np.float32) for side in (first, second))
-        a -= a.mean(axis=1, keepdims=True)
-        b -= b.mean(axis=1, keepdims=True)
-        lengths = [np.maximum(np.sqrt(np.mean(x * x, axis=1)), _FLAT) for x in (a, b)]
-        both_flat = (lengths[0] == _FLAT) & (lengths[1] == _FLAT)
-        out[part] = np.where(both_flat, 1, np.mean(a * b, axis=1) / (lengths[0] * lengths[1]))
+def _correlation(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Of the rows of two tables (P, n), as described at :class:`Likeness`; (P,)."""
+    x, y = (rows - rows.mean(axis=1, keepdims=True, dtype=np.float32) for rows in (a, b))
+    spreads = [np.maximum(np.sqrt(np.mean(rows * rows, axis=1)), _FLAT) for rows in (x, y)]
+    both_flat = (spreads[0] == _FLAT) & (spreads[1] == _FLAT)
+    out: NDArray[np.float32] = np.where(both_flat, 1, np.mean(x * y, axis=1) / (spreads[0] * spreads[1]))
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from indexes.store import ModelRef, Row, Store
-from retrieval.duplicates import GRADES, Thresholds, likeness, thumbnail
+from retrieval.duplicates import GRADES, Sketches, Thresholds
 from retrieval.encoders import load_encoder
 from retrieval.errors import UsageError
 from retrieval.images import read_photo
@@ -47,7 +48,7 @@ def folder(tmp_path):
     shutil.copyfile(root / "a.png", root / "sub" / "a copy.png")
     pattern(1).save(root / "a.jpg", quality=90)
     pattern(1).resize((60, 40)).save(root / "sub" / "small.png")
-    pattern(2, (240, 160)).save(root / "b.png")
+    pattern(1).transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((240, 160)).save(root / "b.png")
     Image.new("RGB", (300, 200), (255, 0, 0)).save(root / "red.png")
     return root
 
@@ -196,18 +197,36 @@ def test_copies_of_a_picture_stay_together_whoever_takes_them(tmp_path):
 # ---- pixels ----------------------------------------------------------------------------------------------------------
 
 
-def test_likeness_is_the_correlation():
-    small = np.stack([thumbnail(read_photo(photo).image) for photo in real_photos()])
-    first, second = np.triu_indices(len(small), 1)
-    expected = np.corrcoef(small.astype(np.float64))[first, second]
-    assert likeness(small, first, second) == pytest.approx(expected, abs=1e-4)
+def sketched(images) -> Sketches:
+    sketches = Sketches.empty(len(images))
+    for i, image in enumerate(images):
+        sketches.draw(i, image)
+    return sketches
 
 
-def test_flat_thumbnails():
-    flat, lit = np.full(1024, 7, np.uint8), np.full(1024, 250, np.uint8)
-    small = np.stack([flat, lit, thumbnail(pattern(1))])
-    pairs = np.array([[0, 0, 1], [1, 2, 2]])
-    assert likeness(small, *pairs) == pytest.approx([1, 0, 0], abs=1e-6)
+def test_layout_is_a_correlation_and_colours_are_an_intersection():
+    images = [read_photo(photo).image for photo in real_photos()]
+    first, second = np.triu_indices(len(images), 1)
+    shared = sketched(images).compare(first, second)
+    for i, j, layout, colours in zip(first, second, shared.layout, shared.colours, strict=True):
+        expected = slow_likeness(images[i], images[j])
+        assert (layout, colours) == pytest.approx(expected, abs=1e-4)
+
+
+def slow_likeness(one: Image.Image, other: Image.Image) -> tuple[float, float]:
+    small = [image.resize((32, 32), Image.Resampling.BOX) for image in (one, other)]
+    greys = [np.asarray(image.convert("L"), np.float64).ravel() for image in small]
+    counts = [
+        Counter(tuple(value // 32 for value in pixel) for pixel in np.asarray(image).reshape(-1, 3)) for image in small
+    ]
+    return np.corrcoef(*greys)[0, 1], (counts[0] & counts[1]).total() / 1024
+
+
+def test_flat_pictures():
+    flat, lit = (Image.new("RGB", (9, 9), (grey,) * 3) for grey in (7, 250))
+    shared = sketched([flat, lit, pattern(1)]).compare(np.array([0, 0, 1]), np.array([1, 2, 2]))
+    assert shared.layout == pytest.approx([1, 0, 0], abs=1e-6)
+    assert shared.colours[0] == 0
 
 
 # ---- real photos -----------------------------------------------------------------------------------------------------
@@ -217,19 +236,17 @@ def slow_groups(library: Library, grade: str) -> set[frozenset[str]]:
     """Every pair by itself, nested stars by sets."""
     ask, paths, vectors = Thresholds(), library.store.paths(), library.store.vectors()
     hashes = library.store.rows()["hash"].to_pylist()
-    greys = [
-        np.asarray(Image.open(library.root / path).convert("RGB").convert("L").resize((32, 32), Image.Resampling.BOX))
-        for path in paths
-    ]
+    images = [Image.open(library.root / path).convert("RGB") for path in paths]
     links = {name: set() for name in GRADES}
     for i in range(len(paths)):
         for j in range(i):
-            cosine, pixels = vectors[i] @ vectors[j], np.corrcoef(greys[i].ravel(), greys[j].ravel())[0, 1]
+            cosine, (layout, colours) = vectors[i] @ vectors[j], slow_likeness(images[i], images[j])
             if hashes[i] == hashes[j]:
                 links["same-file"].add((i, j))
-            if cosine >= ask.candidates and pixels >= ask.same_pixels:
+            if cosine >= ask.candidates and layout >= ask.same_layout:
                 links["re-encoded"].add((i, j))
-            if cosine >= ask.similar_alone or (cosine >= ask.similar and pixels >= ask.layout):
+            one_scene = layout >= ask.layout and colours >= ask.colours
+            if cosine >= ask.similar and (one_scene or layout >= ask.either or colours >= ask.either):
                 links["similar"].add((i, j))
     group = {i: frozenset([i]) for i in range(len(paths))}
     for name in GRADES[: GRADES.index(grade) + 1]:
