@@ -48,7 +48,9 @@ def folder(tmp_path):
     shutil.copyfile(root / "a.png", root / "sub" / "a copy.png")
     pattern(1).save(root / "a.jpg", quality=90)
     pattern(1).resize((60, 40)).save(root / "sub" / "small.png")
-    pattern(1).transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((240, 160)).save(root / "b.png")
+    pattern(1).transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((240, 160), Image.Resampling.NEAREST).save(
+        root / "b.png"
+    )
     Image.new("RGB", (300, 200), (255, 0, 0)).save(root / "red.png")
     return root
 
