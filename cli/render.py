@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from retrieval.duplicates import Duplicates
     from retrieval.evaluation import Comparison, Evaluation
     from retrieval.indexing import IndexReport
     from retrieval.library import Library, Match, Matches, Term
@@ -204,6 +206,37 @@ def index_report(report: IndexReport, library: Library, created: bool) -> None:
             note(f"  {_printable(failure.path)}: {failure.reason}")
         if len(report.failures) > _SHOWN_FAILURES:
             note(f"  … and {len(report.failures) - _SHOWN_FAILURES:,} more: diptych info --json lists them")
+
+
+def duplicates(found: Duplicates) -> None:
+    """Groups as a table on a terminal; number of the group, grade, path on a pipe (escaped as those of `matches`)."""
+    if not sys.stdout.isatty():
+        for number, group in enumerate(found.groups, 1):
+            for copy in group.copies:
+                _raw_line(f"{number}\t{group.grade}\t{_one_field(str(copy.file))}")
+        return
+    from rich.text import Text
+
+    table = _table("group", "grade", "path", "size", "kB")
+    for number, group in enumerate(found.groups, 1):
+        for place, copy in enumerate(group.copies):
+            size = f"{copy.width}×{copy.height}" if copy.width else ""
+            head = ("", "") if place else (str(number), group.grade)
+            last = place == len(group.copies) - 1
+            name = Text(_printable(_from_here(copy.file)))
+            table.add_row(*head, name, size, f"{copy.size / 1e3:,.0f}", end_section=last)
+    if found.groups:
+        _print_table(table)
+
+
+def duplicates_summary(found: Duplicates, library: Library) -> None:
+    """How many groups of each grade, and what was left out."""
+    counts = Counter(group.grade for group in found.groups)
+    groups = ", ".join(f"{count:,} {grade}" for grade, count in counts.items())
+    note(f"pictures compared: {found.compared:,}; groups: {groups or 'none'}")
+    if found.stale:
+        remedy = f"take that in with  diptych index {library.root}"
+        note(f"left out, changed or gone since the last run: {found.stale:,}; {remedy}")
 
 
 def evaluation(result: Evaluation) -> None:

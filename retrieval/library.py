@@ -22,6 +22,7 @@ from indexes.segments import ROW_SCHEMA, names
 from indexes.store import MANIFEST, UNVERIFIED, ModelRef, Store
 from indexes.vectors import Vectors
 from retrieval.bundle import Bundle
+from retrieval.duplicates import Duplicates, Grade, Thresholds, find_duplicates
 from retrieval.encoders import BUILTIN, Encoder, data_folder, find_bundle, lasting_spec, load_encoder
 from retrieval.errors import ImageError, UsageError
 from retrieval.images import MAX_PIXELS, read_photo
@@ -355,6 +356,30 @@ class Library:
         columns = {name: value for name, value in fields.items() if name not in hidden and value is not None}
         picture = source.picture(path, fields) if fields["kind"] == "image" else None
         return Match(path, score, self.root / path if path else self.place, **own, columns=columns, picture=picture)
+
+    def duplicates(
+        self,
+        grade: Grade | None = None,
+        *,
+        below: str = "",
+        thresholds: Thresholds | None = None,
+        progress: Progress | None = None,
+    ) -> Duplicates:
+        """Groups of pictures that are there more than once. Nothing is changed, and the folder is not scanned for news.
+
+        Args:
+            grade: ``same-file`` (equal content), ``re-encoded`` (the same picture again: another format, size or
+                quality, or light edits) or ``similar`` (another shot of the scene, or stronger edits). The groups are
+                then those of everything linked at this grade or a finer one. None: each picture stands in one group,
+                with all that it belongs to at any grade; the group's grade is the finest that holds all of it together.
+            below: only pictures in this folder, relative to the root.
+            thresholds: from where on pictures count as duplicates; the default is calibrated for the built-in model.
+            progress: called with (pictures compared, pictures to compare), then with those whose pixels are looked at.
+
+        Raises:
+            UsageError: there is no such grade.
+        """
+        return find_duplicates(self, grade, below=below, thresholds=thresholds, progress=progress)
 
     def query_vector(self, terms: Sequence[Term]) -> Vectors:
         """(D,) unit vector: the normalised weighted sum of the terms' vectors. UsageError when they cancel out."""

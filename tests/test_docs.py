@@ -45,8 +45,9 @@ def test_python_examples_run(folder):
     assert lines[0] == "20 added, 0 unreadable"
     assert lines[1].startswith("coffee.png 0.")
     assert lines[2] == "chelsea.png 3 of 4"
-    assert lines[3] == "1.0 1.0 (1.0, 1.0)"
-    assert lines[4] == "['chelsea.png', 'coffee.png']"
+    assert lines[3] == "same-file ['coffee again.png', 'coffee.png']"
+    assert lines[4] == "1.0 1.0 (1.0, 1.0)"
+    assert lines[5] == "['chelsea.png', 'coffee.png']"
 
 
 def test_readme_commands_run(folder):
