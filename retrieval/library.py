@@ -295,7 +295,7 @@ class Library:
 
     def search(
         self,
-        query: str | Sequence[Term],
+        query: str | Sequence[Term] | NDArray[np.floating[Any]],
         k: int = 10,
         *,
         below: str = "",
@@ -308,7 +308,8 @@ class Library:
         They are fewer only if fewer qualify: see ``qualified`` of the result.
 
         Args:
-            query: a sentence, or terms whose weighted sum is searched.
+            query: a sentence, or terms whose weighted sum is searched, or a vector (D,) of the index's model, of any
+                length but zero.
             k: how many.
             below: only pictures in this folder, relative to the root.
             where: only pictures that a filter leaves: a pyarrow expression over the columns of the rows and those of
@@ -318,12 +319,14 @@ class Library:
 
         Raises:
             FilterError: the filter names a column that is not there, compares different types, or cannot be read.
+            VectorError: the vector has another width, or is zero, NaN or infinite.
         """
         if kind not in (None, "image", "text"):
             raise ValueError(f"kind is image or text, not {kind!r}")
-        terms = [Term.parse(query)] if isinstance(query, str) else list(query)
+        if not isinstance(query, np.ndarray):
+            query = [Term.parse(query)] if isinstance(query, str) else list(query)
         mask = self._mask(below, where, kind)
-        vector = self.query_vector(terms)
+        vector = query if isinstance(query, np.ndarray) else self.query_vector(query)
         qualified = len(self.store) if mask is None else int(mask.sum())
         if k < 1 or not qualified:
             return Matches(qualified=qualified)
