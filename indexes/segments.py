@@ -17,16 +17,17 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from indexes import runtime
-from indexes.manifest import SegmentRef, damaged, replacing, sha256_of
+from indexes.manifest import DeletedRef, SegmentRef, damaged, replacing, sha256_of
 from indexes.vectors import Vectors
 
 FAILURES = "failures.parquet"
 _GROUP = 2048  # rows read at a time when a few are wanted: 2 MB of embeddings at 512 dimensions
-_ESCAPE = "surrogatepass" if os.name == "nt" else "surrogateescape"  # as Python itself reads file names
+ESCAPE = "surrogatepass" if os.name == "nt" else "surrogateescape"  # as Python itself reads file names
 
+ID = pa.field("id", pa.int64(), nullable=False)
 _NAME = [pa.field("path", pa.string(), nullable=False), pa.field("path_bytes", pa.binary())]
 _ROW = [
-    pa.field("id", pa.int64(), nullable=False),
+    ID,
     pa.field("kind", pa.string(), nullable=False),
     *_NAME,
     pa.field("size", pa.int64(), nullable=False),
@@ -49,6 +50,7 @@ _FAILURE_SCHEMA = pa.schema(
         pa.field("mtime_ns", pa.int64(), nullable=False),
     ]
 )
+_DELETED_SCHEMA = pa.schema([pa.field("id", pa.int64(), nullable=False)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +102,32 @@ class Failure:
 def encode_rows(rows: dict[int, Row]) -> pa.Table:
     """Turn rows by id into columns, without embeddings. Raises ValueError or TypeError for a value of a wrong type."""
     return pa.Table.from_pylist(
-        [{**asdict(row), "id": i, **_name(row.path), "caption": _text(row.caption)} for i, row in rows.items()],
+        [{**vars(row), "id": i, **_name(row.path), "caption": _text(row.caption)} for i, row in rows.items()],
         schema=ROW_SCHEMA,
     )
+
+
+def check_columns(rows: pa.Table) -> pa.Table:
+    """Bring columns from elsewhere to the schema of rows without `id`; see Writer.add_many. ValueError, TypeError."""
+    schema = ROW_SCHEMA.remove(0)
+    given = rows.column_names
+    if wrong := [name for name in given if name not in schema.names or given.count(name) > 1]:
+        raise ValueError(f"{', '.join(wrong)}: no columns of rows, or twice; they are {', '.join(schema.names)}")
+    columns = []
+    for field in schema:
+        if field.name in given:
+            try:
+                column = rows[field.name].cast(field.type)
+            except pa.ArrowNotImplementedError as error:
+                raise TypeError(f"the column {field.name} cannot be made {field.type}: {error}") from error
+        elif field.name == "kind":
+            column = pa.repeat("image", len(rows))
+        else:
+            column = pa.nulls(len(rows), field.type)
+        if column.null_count and not field.nullable:
+            raise ValueError(f"the column {field.name} must be there, and without nulls")
+        columns.append(column)
+    return pa.table(columns, schema=schema)
 
 
 def decode_row(rows: pa.Table, position: int) -> Row:
@@ -118,8 +143,16 @@ def names(table: pa.Table) -> list[str]:
     raw = table["path_bytes"]
     if raw.null_count < len(raw):
         for i in np.flatnonzero(raw.is_valid().to_numpy()):
-            out[i] = raw[int(i)].as_py().decode("utf-8", _ESCAPE)
+            out[i] = raw[int(i)].as_py().decode("utf-8", ESCAPE)
     return out
+
+
+def exact_names(table: pa.Table) -> pa.ChunkedArray:
+    """Get the exact file names of a table's rows as bytes (large_binary), without Python objects."""
+    import pyarrow.compute as pc
+
+    shown, raw = table["path"].cast(pa.large_binary()), table["path_bytes"]
+    return shown if raw.null_count == len(raw) else pc.coalesce(raw.cast(pa.large_binary()), shown)
 
 
 def write_failures(file: Path, failures: Iterable[Failure]) -> None:
@@ -175,6 +208,32 @@ def with_embeddings(rows: pa.Table, halves: NDArray[np.float16]) -> pa.Table:
     return rows.append_column(field, pa.FixedSizeListArray.from_arrays(pa.array(halves.ravel()), type=field.type))
 
 
+def write_deleted(file: Path, ids: NDArray[np.int64]) -> DeletedRef:
+    """Write the ids of deleted rows, which rise, as one immutable file. Raises OSError, and then there is no file."""
+    import pyarrow.parquet as pq
+
+    with replacing(file) as stream:
+        pq.write_table(
+            pa.table([pa.array(ids)], schema=_DELETED_SCHEMA),
+            stream,
+            use_dictionary=False,
+            column_encoding={"id": "DELTA_BINARY_PACKED"},  # neighbours: a byte or two for each
+        )
+    return DeletedRef(file.name, len(ids), sha256_of(file))
+
+
+def read_deleted(file: Path, rows: int) -> NDArray[np.int64]:
+    """Read what `write_deleted` wrote. Raises FileNotFoundError, StoreCorrupt."""
+    import pyarrow.parquet as pq
+
+    stream = pa.OSFile(os.fsencode(file))
+    with _reading(file), stream:
+        ids: NDArray[np.int64] = pq.read_table(stream, schema=_DELETED_SCHEMA)["id"].to_numpy()
+        if len(ids) != rows:
+            raise ValueError(f"{len(ids)} rows instead of {rows}")
+        return ids
+
+
 class Segment:
     """One segment, held open: what was opened stays readable when a writer deletes the file.
 
@@ -204,6 +263,11 @@ class Segment:
         counts = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
         return np.cumsum([0, *counts], dtype=np.int64)
 
+    @functools.cached_property
+    def ids(self) -> NDArray[np.int64]:
+        """The id of each row, rising. They are kept, since every commit asks for them."""
+        return self.columns("id")["id"].to_numpy()  # type: ignore[no-any-return]
+
     def columns(self, *names: str) -> pa.Table:
         """All rows of some columns."""
         with _reading(self.file):
@@ -213,6 +277,11 @@ class Segment:
         """One row group, all columns."""
         with _reading(self.file):
             return self._open().read_row_group(i)
+
+    def facts(self, i: int) -> pa.Table:
+        """One row group, all columns but the embeddings."""
+        with _reading(self.file):
+            return self._open().read_row_group(i, columns=ROW_SCHEMA.names, use_threads=False)
 
     def halves(self, i: int) -> NDArray[np.float16]:
         """Read the embeddings of one row group as stored: (n, D) float16."""
@@ -267,14 +336,16 @@ def _segment_schema(dim: int) -> pa.Schema:
 
 
 def _regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Join small tables until they fill a row group."""
+    """Join and cut tables so that each but the last fills a whole number of row groups."""
     waiting: list[pa.Table] = []
     for table in tables:
         waiting.append(table)
-        if sum(map(len, waiting)) >= _GROUP:
-            yield pa.concat_tables(waiting)
-            waiting = []
-    if waiting:
+        full = sum(map(len, waiting)) // _GROUP * _GROUP
+        if full:
+            joined = pa.concat_tables(waiting)
+            yield joined.slice(0, full)
+            waiting = [joined.slice(full)]
+    if any(map(len, waiting)):
         yield pa.concat_tables(waiting)
 
 
@@ -283,7 +354,7 @@ def _name(path: str) -> dict[str, str | bytes | None]:
     try:
         path.encode()
     except UnicodeEncodeError:
-        raw = path.encode("utf-8", _ESCAPE)
+        raw = path.encode("utf-8", ESCAPE)
         return {"path": raw.decode("utf-8", "replace"), "path_bytes": raw}
     return {"path": path, "path_bytes": None}
 

@@ -7,6 +7,7 @@ callers see. Both rise with the id.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from indexes.errors import StoreCorrupt, StoreError
 from indexes.manifest import SEGMENTS, Manifest
-from indexes.segments import ROW_SCHEMA, Segment, names, read_vectors, unit_rows
+from indexes.segments import ROW_SCHEMA, Row, Segment, decode_row, names, read_deleted, read_vectors, unit_rows
 from indexes.vectors import Hits, VectorIndex, Vectors, cosines, exact_search, ranked
 
 ANN_FILE = "vectors.faiss"
@@ -36,7 +37,18 @@ class Snapshot:
             held.get(ref) or Segment(folder / SEGMENTS / ref.file, ref.rows, dim) for ref in manifest.segments
         ]
         self._starts = np.cumsum([0, *(segment.rows for segment in self.segments)], dtype=np.int64)
-        self._recent = functools.lru_cache(8)(Segment.halves)
+        # Row groups that were read lately: those of one commit serve the next as well.
+        self._recent: Callable[[Segment, int], NDArray[np.float16]] = (
+            before._recent if before else functools.lru_cache(8)(Segment.halves)
+        )
+        self._recent_facts: Callable[[Segment, int], pa.Table] = (
+            before._recent_facts if before else functools.lru_cache(8)(Segment.facts)
+        )
+        self.filed: NDArray[np.int64] = np.empty(0, np.int64)  # the ids in the file of deleted rows
+        if before and before.manifest.deleted == manifest.deleted:
+            self.filed = before.filed
+        elif manifest.deleted:
+            self.filed = read_deleted(folder / manifest.deleted.file, manifest.deleted.rows)
 
     @classmethod
     def open(cls, folder: Path, before: Snapshot | None = None) -> Snapshot:
@@ -48,6 +60,7 @@ class Snapshot:
             except FileNotFoundError as error:
                 if Manifest.read(folder) == manifest:  # else: merged and deleted by a writer just now
                     files = [folder / SEGMENTS / segment.file for segment in manifest.segments]
+                    files += [folder / manifest.deleted.file] if manifest.deleted else []
                     missing = next((file for file in files if not file.exists()), files[0])
                     raise StoreCorrupt(f"{missing} is missing: delete the folder {folder} and index again") from error
             except OSError as error:
@@ -56,15 +69,19 @@ class Snapshot:
     @functools.cached_property
     def slot_ids(self) -> NDArray[np.int64]:
         """The id in each slot, rising."""
-        parts = [segment.columns("id")["id"].to_numpy() for segment in self.segments]
-        return np.concatenate([np.empty(0, np.int64), *parts])
+        return np.concatenate([np.empty(0, np.int64), *(segment.ids for segment in self.segments)])
+
+    @functools.cached_property
+    def dead(self) -> NDArray[np.int64]:
+        """The ids of deleted rows that are still in a segment, rising."""
+        return np.union1d(self.filed, np.array(self.manifest.tombstones, dtype=np.int64))
 
     @functools.cached_property
     def live(self) -> NDArray[np.int64]:
         """The slot of each position."""
-        if not self.manifest.tombstones:
+        if not len(self.dead):
             return np.arange(self._starts[-1])
-        return np.flatnonzero(~np.isin(self.slot_ids, self.manifest.tombstones))
+        return np.flatnonzero(~np.isin(self.slot_ids, self.dead))
 
     @functools.cached_property
     def ids(self) -> NDArray[np.int64]:
@@ -79,9 +96,21 @@ class Snapshot:
     @functools.cached_property
     def rows(self) -> pa.Table:
         """All columns but the embeddings, by position."""
-        tables = [ROW_SCHEMA.empty_table(), *(segment.columns(*ROW_SCHEMA.names) for segment in self.segments)]
-        table = pa.concat_tables(tables).combine_chunks()
-        return table.take(self.live) if self.manifest.tombstones else table
+        return self.columns(*ROW_SCHEMA.names).combine_chunks()
+
+    def columns(self, *names: str) -> pa.Table:
+        """Some columns by position, and no other is read."""
+        if "rows" in self.__dict__:
+            return self.rows.select(names)
+        tables = [ROW_SCHEMA.empty_table().select(names)]
+        tables += [segment.columns(*names).select(names) for segment in self.segments]
+        table = pa.concat_tables(tables)
+        return table.take(self.live) if len(self.dead) else table
+
+    def row(self, position: int) -> Row:
+        """One row; only its row group is read."""
+        segment, group, row = self._locate(int(self.live[position]))
+        return decode_row(self._recent_facts(segment, group), row)
 
     @functools.cached_property
     def paths(self) -> list[str]:
@@ -92,7 +121,7 @@ class Snapshot:
     def vectors(self) -> Vectors:
         """Unit rows, by position."""
         stored = read_vectors(self.segments, self.manifest.model.dim)
-        return stored[self.live] if self.manifest.tombstones else stored
+        return stored[self.live] if len(self.dead) else stored
 
     def halves(self, position: int) -> NDArray[np.float16]:
         """One vector (D,) as it is stored."""

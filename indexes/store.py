@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from indexes.errors import ModelMismatch, StoreError, StoreLocked
 from indexes.manifest import MANIFEST, SEGMENTS, Manifest, ModelRef, remove_leftovers, sha256_of
-from indexes.segments import FAILURES, Failure, Row, decode_row, read_failures
+from indexes.segments import FAILURES, Failure, Row, read_failures
 from indexes.snapshot import ANN_FILE, Snapshot
 from indexes.vectors import Hits, Vectors, as_vectors, check_search, check_width
 from indexes.writer import Writer, cannot_write
@@ -113,6 +113,10 @@ class Store:
         """All columns but the embeddings, one row for each position. `path` is for reading: see `paths`."""
         return self.snapshot.rows
 
+    def columns(self, *names: str) -> pa.Table:
+        """Some of the columns of `rows`; only these are read."""
+        return self.snapshot.columns(*names)
+
     def paths(self) -> list[str]:
         """List the exact file name at each position, relative to the root."""
         return self.snapshot.paths
@@ -122,7 +126,7 @@ class Store:
         position = self.snapshot.position(row_id)
         if position is None:
             raise KeyError(f"no row has the id {row_id}")
-        return decode_row(self.snapshot.rows, position)
+        return self.snapshot.row(position)
 
     def vectors(self) -> Vectors:
         """Read the vector at each position: (N, D) unit rows, widened from the stored float16."""
@@ -158,6 +162,7 @@ class Store:
         """Recompute every checksum; one line for each thing that is wrong, none if the index is sound."""
         manifest, wrong = self.snapshot.manifest, []
         files = [(self.path / SEGMENTS / segment.file, segment.sha256) for segment in manifest.segments]
+        files += [(self.path / manifest.deleted.file, manifest.deleted.sha256)] if manifest.deleted else []
         if manifest.ann and manifest.ann.rows and (self.path / ANN_FILE).exists():  # it may be deleted at any time
             files.append((self.path / ANN_FILE, manifest.ann.sha256))
         for file, expected in files:
