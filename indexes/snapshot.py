@@ -23,6 +23,11 @@ ANN_FILE = "vectors.faiss"
 _FEW = 8  # one row in so many at most is worth reading by row groups; more, and all vectors are read
 
 
+def joined(ids: NDArray[np.int64], more: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Join two sets of ids that rise and share none, in time linear in the first: np.union1d takes 50 ms for 200,000."""
+    return np.insert(ids, np.searchsorted(ids, more), more)
+
+
 class Snapshot:
     """The rows and vectors of one manifest. All segments are opened at once, so that a later cleaning does no harm."""
 
@@ -74,7 +79,7 @@ class Snapshot:
     @functools.cached_property
     def dead(self) -> NDArray[np.int64]:
         """The ids of deleted rows that are still in a segment, rising."""
-        return np.union1d(self.filed, np.array(self.manifest.tombstones, dtype=np.int64))
+        return joined(self.filed, np.array(self.manifest.tombstones, dtype=np.int64))
 
     @functools.cached_property
     def live(self) -> NDArray[np.int64]:

@@ -28,7 +28,7 @@ from indexes.segments import (
     write_failures,
     write_segment,
 )
-from indexes.snapshot import ANN_FILE, Snapshot
+from indexes.snapshot import ANN_FILE, Snapshot, joined
 from indexes.vectors import VectorIndex, as_vectors, check_width
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Writer:
 
     def __init__(self, store: Store) -> None:
         self.failed = False  # the last commit could not be written
+        self._room = True  # for a merge: where there was none, it is not tried again at every commit
         self._store = store
         self._next_id = self._snapshot.manifest.next_id
         self._new: dict[int, _New] = {}
@@ -154,7 +155,7 @@ class Writer:
                     failures = self._write_failures()
                 if self._new:
                     segments = (*segments, self._write_segment([self._table()]))
-                dead = np.union1d(self._snapshot.dead, np.array(sorted(self._dead), dtype=np.int64))
+                dead = joined(self._snapshot.dead, np.array(sorted(self._dead), dtype=np.int64))
                 self._swap(next_id=self._next_id, segments=segments, failures=failures, **self._deletions(dead))
             self._settle()
             if manifest.deleted and manifest.deleted != self._snapshot.manifest.deleted:
@@ -286,9 +287,11 @@ class Writer:
             first = 0
         elif len(counts) - covered > _SEGMENTS:
             first = next((i for i in range(covered, len(counts)) if counts[i] < sum(counts[i + 1 :])), None)
-        if first is not None:
-            with contextlib.suppress(OSError):  # a full disk: every row is committed, tidying up can wait
+        if first is not None and self._room:
+            try:
                 self._merge(first)
+            except OSError:  # a full disk: every row is committed, tidying up can wait
+                self._room = False
 
     def _merge(self, first: int) -> None:
         """Rewrite the segments from one on as one, without the deleted rows."""
