@@ -24,7 +24,7 @@ _FEW = 8  # one row in so many at most is worth reading by row groups; more, and
 
 
 def joined(ids: NDArray[np.int64], more: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Join two sets of ids that rise and share none, in time linear in the first: np.union1d takes 50 ms for 200,000."""
+    """Join two sets of ids that rise and share none. A commit may do so: np.union1d takes 50 ms for 200,000 ids."""
     return np.insert(ids, np.searchsorted(ids, more), more)
 
 

@@ -63,6 +63,29 @@ def comparable(plan: Plan) -> Plan:
     return replace(plan, unreadable=[replace(failure, when=NOW) for failure in plan.unreadable])
 
 
+def random_library(root: Path, chance: random.Random, empty: bool) -> Library:
+    """Files, rows and failures that agree here and there."""
+
+    def what() -> dict[str, int]:
+        return {"size": chance.randrange(3), "mtime_ns": chance.randrange(3)}
+
+    for folder in FOLDERS:
+        (root / folder).mkdir(parents=True)
+    paths = [f"{folder}/{name}".lstrip("/") for folder in FOLDERS for name in NAMES]
+    for path in chance.sample(paths, int(0.6 * len(paths))):
+        (root / path).write_bytes(bytes(what()["size"]))
+        os.utime(root / path, ns=(0, what()["mtime_ns"]))
+    store = Store.create(root / ".diptych", None, ModelRef("colours", "colours-1", 3))
+    with store.write() as writer:
+        known = [] if empty else chance.choices(paths, k=len(paths))  # some twice: a text beside the picture
+        ids = [writer.add(Row(path=path, hash=f"{chance.randrange(9)}", **what()), [1, 0, 0]) for path in known]
+        for path in chance.sample(paths, len(paths) // 3):
+            writer.fail(Failure(path, "bad", NOW, **what()))
+        for row_id in chance.sample(ids, len(ids) // 5):
+            writer.remove(row_id)
+    return Library(store)
+
+
 def test_a_plan_equals_one_made_with_dictionaries(tmp_path, monkeypatch):
     listing = os.scandir
 
@@ -74,31 +97,10 @@ def test_a_plan_equals_one_made_with_dictionaries(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_module.os, "scandir", refusing)
     touched = Plan(todo=[], unchanged=0)
     for seed in range(30):
-        chance = random.Random(seed)
-        root = tmp_path / str(seed)
-        for folder in FOLDERS:
-            (root / folder).mkdir(parents=True)
-            for name in NAMES:
-                if chance.random() < 0.6:
-                    (root / folder / name).write_bytes(bytes(chance.randrange(3)))
-                    os.utime(root / folder / name, ns=(0, chance.randrange(3)))
-        store = Store.create(root / ".diptych", None, ModelRef("colours", "colours-1", 3))
-        with store.write() as writer:
-            ids = []
-            for folder in FOLDERS if seed else []:  # and once with nothing in the store
-                for name in NAMES:
-                    path = f"{folder}/{name}" if folder else name
-                    what = {"size": chance.randrange(3), "mtime_ns": chance.randrange(3)}
-                    for _ in range(chance.choice([0, 1, 1, 1, 2])):  # twice: a text beside the picture
-                        ids.append(writer.add(Row(path=path, hash=f"{chance.randrange(9)}", **what), [1, 0, 0]))
-                    if chance.random() < 0.3:
-                        writer.fail(Failure(path, "bad", NOW, **what))
-            for row_id in chance.sample(ids, len(ids) // 5):
-                writer.remove(row_id)
-        library = Library(Store.open(store.path))
+        library = random_library(tmp_path / str(seed), random.Random(seed), empty=seed == 0)
         for below in ("", "a", "closed", "closed/in", os.fsdecode(b"d\xff")):
             expected = obvious_plan(library, below)
-            fresh = Library(Store.open(store.path))  # with and without the rows in memory
+            fresh = Library(Store.open(library.store.path))  # with and without the rows in memory
             for one in (library, fresh):
                 assert comparable(make_plan(one, below)) == expected, (seed, below)
             touched.todo += expected.todo
