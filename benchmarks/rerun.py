@@ -1,4 +1,4 @@
-"""What a re-run over an unchanged folder costs, beside the least that anybody must do: list its folders, stat its files.
+"""What a re-run over an unchanged folder costs, beside the least that anybody must do: list it, and stat its files.
 
 python -m benchmarks.rerun [--files 100000] [--folders 1000] [--repetitions 9]
 
@@ -47,7 +47,7 @@ def rerun(folder: Path) -> int:
     from retrieval.library import Library
 
     report = Library.open(folder).index()
-    assert not (report.added or report.changed or report.renamed or report.deleted)
+    assert report.added == report.changed == report.renamed == report.deleted == 0
     return report.skipped
 
 
@@ -131,9 +131,9 @@ def main(files: int, folders: int, repetitions: int) -> None:
     wall, cpu = (ratio(runs, "rerun", "walk", key) for key in ("wall", "cpu"))
     write_section(
         "A re-run over an unchanged folder",
-        f"`python -m benchmarks.rerun --files {files} --folders {folders}` on {machine()}: files in {folders:,} folders, "
-        f"a warm file cache, {DIM}-d rows and a tenth as many deleted ones; medians of {repetitions} turns, a process "
-        "each; memory is what is needed beyond the imports.\n\n"
+        f"`python -m benchmarks.rerun --files {files} --folders {folders}` on {machine()}: files in {folders:,} "
+        f"folders, a warm file cache, {DIM}-d rows and a tenth as many deleted ones; medians of {repetitions} turns, a "
+        "process each; memory is what is needed beyond the imports.\n\n"
         f"{wall:.2f} times ({spread[0]:.2f} to {spread[-1]:.2f}) the wall clock of the walk alone (bar {BAR:g}: "
         f"{judged(wall, BAR)}), {cpu:.2f} times its CPU; "
         f"{statistics.median(1e6 * one['wall'] / files for one in runs['rerun']):.1f} microseconds a file.",
