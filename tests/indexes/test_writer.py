@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime
 
 import numpy as np
@@ -106,6 +107,31 @@ def test_columns_are_cast_and_completed(store, tmp_path):
         Row(path="y", size=2, mtime_ns=2, hash="b"),
         Row(path="ä", size=3, mtime_ns=3, hash="a"),
     ]
+
+
+def test_extra_columns_of_many_rows_equal_those_of_single_ones(store, tmp_path):
+    when = datetime(2024, 5, 1)
+    values = [{"stars": 3, "by": "Ann"}, {}, {"tags": ["a", "b"], "at": when}, {"stars": 4.5, "ok": True}]
+    with store.write() as writer:
+        for i, extra in enumerate(values):
+            writer.add(Row(path=f"{i}.jpg", size=i, mtime_ns=i, hash=f"{i:x}", columns=extra), unit(1, i)[0])
+    many = Store.create(tmp_path / "many", tmp_path, MODEL)
+    given = columns(4)
+    for name in ("stars", "by", "tags", "at", "ok", "nothing"):
+        given = given.append_column(name, pa.array([one.get(name) for one in values]))
+    with many.write() as writer:
+        writer.add_many(given, np.concatenate([unit(1, i) for i in range(4)]))
+    assert many.rows().equals(store.rows())
+    assert many.schema.names == [*ROW_SCHEMA.names, "stars", "by", "tags", "at", "ok"]
+    for one in (store, many):
+        assert [one.row(i).columns for i in range(4)] == [{**values[0], "stars": 3.0}, *values[1:]]
+        with one.write() as writer:  # the next segment: other columns, other kinds
+            writer.add(row("text", columns={"stars": "many", "by": "Bob"}), unit(1, 9)[0])
+            kept = writer.replace(2, replace(one.row(2), path="moved"))
+        assert one.row(0).columns == {"stars": "3", "by": "Ann"}  # as in `rows`
+        assert one.row(kept).columns == values[2]
+        assert one.check() == []
+    assert many.rows().equals(store.rows())
 
 
 @pytest.mark.parametrize(
