@@ -178,6 +178,9 @@ def links(photos: Photos) -> dict[str, NDArray[np.int64]]:
     """Pairs (2, P) of pictures that each grade links."""
     ask, rows = Thresholds(), np.arange(len(photos.vectors))
     pairs = near_pairs(lambda start, stop: photos.vectors[start:stop], rows, ask.candidates, exact=len(rows))
+    cells = near_pairs(lambda start, stop: photos.vectors[start:stop], rows, ask.candidates, exact=0)
+    kept = np.isin(pairs.first * len(rows) + pairs.second, cells.first * len(rows) + cells.second)
+    print(f"cells find {wilson(int(kept.sum()), len(kept))} % of the {len(kept)} pairs that brute force finds")
     both = np.stack([pairs.first, pairs.second])
     judged = ask.judge(
         pairs.scores, photos.sketches.compare(pairs.first, pairs.second), np.ones(len(both[0]), np.bool_)
