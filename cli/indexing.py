@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -28,6 +29,7 @@ from cli.app import (
 from indexes.errors import DiptychError, StoreError
 
 if TYPE_CHECKING:
+    from indexes.store import Wanted
     from retrieval.library import Library, Term
 
 
@@ -53,6 +55,20 @@ def index(
     max_megapixels: Annotated[
         float | None, typer.Option(min=0.01, help="Larger pictures count as failures.", show_default="128")
     ] = None,
+    index_kind: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="What is searched, from now on: auto (chosen by size), exact, or a FAISS factory string (IVF256,SQ8).",
+        ),
+    ] = None,
+    max_index_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What a chosen kind may take.", show_default="4G")
+    ] = None,
+    target_recall: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Share of the ten nearest that it finds.", show_default="0.95"),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Embed photos or sentences, once; later runs take in only what was added, changed, renamed or deleted."""
@@ -65,7 +81,13 @@ def index(
     if below:
         render.note(f"{folder} belongs to the index of {library.root}: taking in this part of it")
     with render.progress("indexing", library.unit) as advance:
-        report = library.index(below, progress=advance, max_pixels=max_pixels, wait=LOCK_SECONDS)
+        report = library.index(
+            below,
+            progress=advance,
+            max_pixels=max_pixels,
+            wait=LOCK_SECONDS,
+            wanted=_wanted(library, index_kind, max_index_memory, target_recall),
+        )
     failures = [{"path": str(library.root / f.path), "reason": f.reason} for f in report.failures]
     if json:
         render.json_out({**asdict(report), "failures": failures})
@@ -73,6 +95,26 @@ def index(
         render.index_report(report, library, created)
     if report.failures:
         raise typer.Exit(WITH_FAILURES)
+
+
+def _wanted(library: Library, kind: str | None, memory: str | None, recall: float | None) -> Wanted | None:
+    """What the options say of the FAISS index; None if they say nothing."""
+    changes: dict[str, Any] = {}
+    if kind is not None:
+        changes["factory"] = None if kind == "auto" else kind
+    if memory is not None:
+        changes["memory"] = _bytes(memory)
+    if recall is not None:
+        changes["recall"] = recall
+    return replace(library.store.wanted, **changes) if changes else None
+
+
+def _bytes(size: str) -> int:
+    """Read 500M, 4G or 4.5GiB; K, M, G and T count in 1,024s."""
+    found = re.fullmatch(r"(\d+\.?\d*)\s*([KMGT]?)(?:i?B)?", size.strip(), re.IGNORECASE)
+    if not found:
+        raise typer.BadParameter(f"{size!r} is no size: write 500M or 4G", param_hint="--max-index-memory")
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
 
 
 @app.command()

@@ -332,8 +332,20 @@ def facts(values: Mapping[str, Any]) -> None:
             sys.stdout.write(f"failures\t{len(value)}\n")
             for failure in value[:_SHOWN_FAILURES]:
                 sys.stdout.write(f"\t{_printable(failure['path'])}: {failure['reason']}\n")
+        elif name == "search":
+            sys.stdout.write(f"search\t{_search_kind(value)}\n")
         else:
             sys.stdout.write(f"{name}\t{_printable(str(value))}\n")
+
+
+def _search_kind(value: Mapping[str, Any]) -> str:
+    """How an index is searched, in a line."""
+    if "recall" not in value:
+        return f"{value['kind']}" + (f" (for {value['wanted']} there are too few rows)" if "wanted" in value else "")
+    recall = ", ".join(f"{share:.3f} for {name} queries" for name, share in value["recall"].items())
+    size = value["bytes"] / 1e6
+    times = f"{value['p50_ms']:.2f} ms a query (p99 {value['p99_ms']:.2f})"
+    return f"{value['kind']}, {value['rows']:,} rows, {size:,.1f} MB, recall@10 {recall}; {times}"
 
 
 def problems(found: Sequence[str]) -> None:

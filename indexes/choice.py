@@ -88,11 +88,10 @@ def tune(
     for effort in name_and_values[1] if name_and_values else (0,):
         if effort:
             index.set_effort(effort)
-        # (kind of query) -> (Q, len(_REFINE)): the share of each query's truth among so many candidates
-        found = {name: _found(index, queries, truth[name], take) for name, queries in probes.items()}
-        for column, refine in enumerate(_REFINE):
-            shares = {name: float(rows[:, column].mean()) for name, rows in found.items()}
-            enough = all(_surely(rows[:, column]) >= recall for rows in found.values())
+        for refine in _REFINE:  # searched anew each time: a graph's first rows depend on how many are asked for
+            found = {name: _found(index, queries, truth[name], take, refine) for name, queries in probes.items()}
+            shares = {name: float(rows.mean()) for name, rows in found.items()}
+            enough = all(_surely(rows) >= recall for rows in found.values())
             if best is None or enough or min(shares.values()) > min(best.recall.values()):
                 best = Tuned(index, refine, effort, shares, enough)
             if enough:
@@ -157,15 +156,14 @@ def evenly(rows: int, count: int) -> NDArray[np.int64]:
 
 
 def _found(
-    index: VectorIndex, queries: Vectors, truth: Hits, take: Callable[[NDArray[np.int64]], Vectors]
+    index: VectorIndex, queries: Vectors, truth: Hits, take: Callable[[NDArray[np.int64]], Vectors], refine: int
 ) -> NDArray[np.float64]:
-    """(Q, len(_REFINE)) shares of the truth among the first candidates; an equal score is as good as the same row."""
-    out = np.empty((len(queries), len(_REFINE)))
-    fetch = _REFINE[-1] * K
-    for i, (rows, _) in enumerate(index.candidates(queries, K, fetch)):
+    """(Q,) shares of the truth among the candidates; an equal score is as good as the same row."""
+    out = np.empty(len(queries))
+    for i, (rows, _) in enumerate(index.candidates(queries, K, refine * K)):
         real = truth.scores[i][truth.rows[i] >= 0]
-        good = cosines(queries[i], take(rows)) >= real[-1]
-        out[i] = [min(len(real), int(good[: refine * K].sum())) / len(real) for refine in _REFINE]
+        good = int(np.count_nonzero(cosines(queries[i], take(rows)) >= real[-1]))
+        out[i] = min(len(real), good) / len(real)
     return out
 
 

@@ -265,9 +265,9 @@ class Store:
         wanted, ann = manifest.wanted, manifest.ann
         if wanted.factory == EXACT or (wanted.factory is None and not kinds(rows, self.model.dim, wanted)):
             return ann is not None
-        inside = 0
-        if ann and self._ann_is_whole(ann):
-            inside = int(np.searchsorted(self.snapshot.live, ann.rows))
+        if ann and not self._ann_is_whole(ann):
+            return True
+        inside = int(np.searchsorted(self.snapshot.live, ann.rows)) if ann else 0
         return rows - inside > max(_STALE_ROWS, inside // _STALE_SHARE)
 
     def _ann_is_whole(self, ann: AnnRef) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from indexes import filters
-from indexes.errors import StoreNotFound
+from indexes.choice import EXACT
+from indexes.errors import DiptychError, StoreNotFound, VectorError
 from indexes.segments import ROW_SCHEMA, names
-from indexes.store import MANIFEST, UNVERIFIED, ModelRef, Store
+from indexes.store import MANIFEST, UNVERIFIED, ModelRef, Store, Wanted
 from indexes.vectors import Vectors
 from retrieval.bundle import Bundle
 from retrieval.duplicates import Duplicates, Grade, Thresholds, find_duplicates
@@ -29,8 +31,10 @@ from retrieval.images import MAX_PIXELS, read_photo
 from retrieval.indexing import IndexReport, Progress, Run, Source
 from retrieval.pair_formats import is_pattern
 from retrieval.pairs import Picture
+from retrieval.probes import probes
 from retrieval.sources import LIST, OFFSET, TEXTS, named, open_source, recognise, store_beside
 
+_NOT_SHOWN = {"mtime_ns", "hash", "latitude", "longitude"}  # columns that no match has
 STORE_NAME = ".diptych"
 _MAX_WEIGHT = 1000  # beside it, nothing else in the query counts
 QUICK_SCAN = 50_000  # pictures; looking through a folder costs about 10 microseconds a file
@@ -250,7 +254,13 @@ class Library:
         return 0
 
     def index(
-        self, below: str = "", *, progress: Progress | None = None, max_pixels: int = MAX_PIXELS, wait: float = 0.0
+        self,
+        below: str = "",
+        *,
+        progress: Progress | None = None,
+        max_pixels: int = MAX_PIXELS,
+        wait: float = 0.0,
+        wanted: Wanted | None = None,
     ) -> IndexReport:
         """Take in what was added, changed, renamed or deleted since the last run.
 
@@ -259,9 +269,12 @@ class Library:
             progress: called with (files done, files to do).
             max_pixels: a picture of more is a failure, not a memory problem.
             wait: seconds to wait for another process that is writing.
+            wanted: which FAISS index the store is to have from now on; None is what was wanted last, at first one that
+                is chosen by size.
 
         Raises:
             StoreLocked: another process is writing.
+            VectorError: FAISS cannot build what is wanted now on so many rows.
             UsageError: the folder is gone; or it is empty, and the index, which lies elsewhere, knows pictures in it.
         """
         with self.store.write(wait=wait) as writer:
@@ -273,10 +286,27 @@ class Library:
                     f"drive not mounted? If they are really gone, delete {self.store.path}"
                 )
             report = Run(self, writer, plan, max_pixels, progress).finish()
-        if self.store.index_is_stale():
-            self.store.rebuild_index()
+        if wanted is not None and wanted != self.store.wanted:
+            self.build_index(wanted)
+        elif self.store.index_is_stale():
+            with contextlib.suppress(VectorError):  # too few rows are left for a kind wanted once: search stays exact
+                self.build_index()
         failures = tuple(f for f in self.store.failures() if not below or f.path.startswith(below + "/"))
         return IndexReport(**report, skipped=plan.unchanged, failures=failures)
+
+    def build_index(self, wanted: Wanted | None = None) -> None:
+        """Build the FAISS index over all rows, tuned on everyday queries. Raises what Store.rebuild_index does.
+
+        `index` does this by itself when it is worth it.
+
+        Args:
+            wanted: a kind, or how to choose one; it is remembered. None is what was wanted last.
+        """
+        try:
+            queries = probes(self.encoder)
+        except DiptychError:  # vectors from elsewhere, whose model is not at hand: stored rows alone are searched with
+            queries = {}
+        self.store.rebuild_index(wanted, queries)
 
     def check(self) -> list[str]:
         """Recompute every checksum of the index, and its model's fingerprint; a line for each thing that is wrong."""
@@ -329,7 +359,7 @@ class Library:
             return Matches(qualified=qualified)
         hits = self.store.search(vector[None, :], k, mask)
         found = hits.rows[0][(hits.rows[0] >= 0) & (hits.scores[0] >= threshold)]
-        rows = self.store.snapshot.take(found, *self.store.schema.names)
+        rows = self.store.snapshot.take(found, *(name for name in self.store.schema.names if name not in _NOT_SHOWN))
         source = self.source
         return Matches(
             (
@@ -419,8 +449,19 @@ def describe(library: Library) -> dict[str, Any]:
         "fingerprint": store.model.fingerprint,
         "dim": store.model.dim,
         "bytes": sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file()),
+        "search": _describe_search(store),
         "failures": failures,
     }
+
+
+def _describe_search(store: Store) -> dict[str, Any]:
+    """How it is searched, and what that was measured to find."""
+    ann, wanted = store.ann, store.wanted
+    if ann is None:
+        return {"kind": EXACT} if wanted.factory in (None, EXACT) else {"kind": EXACT, "wanted": wanted.factory}
+    effort = {"effort": ann.effort} if ann.effort else {}
+    measured = asdict(ann.measured) if ann.measured else {}
+    return {"kind": ann.factory, "rows": ann.rows, "refine": ann.refine, **effort, **measured}
 
 
 def find_store(folder: Path) -> Path | None:

@@ -163,7 +163,7 @@ def test_a_search_reads_no_more_of_the_rows_than_it_needs(dated):
     fresh = Library.open(dated.root, encoder=ColourEncoder())
     fresh.search("red", where="width > 20")
     assert not {"rows", "paths"} & set(fresh.store.snapshot.__dict__)
-    assert "caption" not in fresh.store.snapshot._columns
+    assert "hash" not in fresh.store.snapshot._columns
 
 
 def test_the_query_is_the_normalised_weighted_sum(library, folder):
