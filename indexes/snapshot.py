@@ -18,7 +18,7 @@ from indexes.columns import aligned, unified
 from indexes.errors import StoreCorrupt, StoreError
 from indexes.manifest import SEGMENTS, Manifest
 from indexes.segments import ROW_SCHEMA, Row, Segment, decode_row, names, read_deleted, read_vectors, unit_rows
-from indexes.vectors import Hits, VectorIndex, Vectors, cosines, exact_search, near_best, ranked
+from indexes.vectors import Hits, VectorIndex, Vectors, exact_search, ranked, rescored
 
 ANN_FILE = "vectors.faiss"
 _FEW = 8  # one row group in so many at most is read for single rows; for more, whole columns are
@@ -214,10 +214,9 @@ class Snapshot:
 
         def candidates(i: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
             slots = np.sort(near[i][0])
-            stored = self.stored(slots)
-            best = near_best(stored @ queries[i], k, stored.shape[1])
-            positions = slots[best] if len(self.live) == self._starts[-1] else np.searchsorted(self.live, slots[best])
-            scores, beside = cosines(queries[i], stored[best]), newer.rows[i] >= 0
+            slots, scores = rescored(queries[i], slots, self.stored(slots), k)
+            positions = slots if len(self.live) == self._starts[-1] else np.searchsorted(self.live, slots)
+            beside = newer.rows[i] >= 0
             if not beside.any():
                 return positions, scores
             return (

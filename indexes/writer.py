@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from indexes import choice
 from indexes.columns import unified
-from indexes.errors import StoreError, VectorError
+from indexes.errors import StoreError
 from indexes.manifest import SEGMENTS, AnnRef, SegmentRef, SourceRef, Wanted, remove_leftovers, sha256_of
 from indexes.segments import (
     FAILURES,
@@ -207,34 +207,25 @@ class Writer:
         """The wanted index, or the first of those to choose from that finds enough; None: exact search is as good."""
         snapshot, dim = self._snapshot, self._snapshot.manifest.model.dim
         rows = len(snapshot.live)
-        forced = wanted.factory is not None
         kinds = [wanted.factory] if wanted.factory else choice.kinds(rows, dim, wanted)
         if not kinds or wanted.factory == choice.EXACT:
             return None
         queries = {**probes, **self._probe()} if rows else {}
         truth = {name: snapshot.exact(each, choice.K) for name, each in queries.items()}
-        best: choice.Tuned | None = None
-        for kind in kinds:
-            try:
-                blocks = (block for _, block in snapshot.living_blocks())
-                index = VectorIndex.fill(kind, dim, rows, self._sample, blocks)
-            except VectorError:
-                if forced:
-                    raise
-                continue  # an older FAISS that does not know it
+
+        def tuned(kind: str) -> choice.Tuned:
+            blocks = (block for _, block in snapshot.living_blocks())
+            index = VectorIndex.fill(kind, dim, rows, self._sample, blocks)
             if not rows:
                 return choice.Tuned(index, 1, 0, {}, True)
-            tuned = choice.tune(index, queries, truth, snapshot.stored, wanted.recall)
-            if best is None or tuned.enough or min(tuned.recall.values()) > min(best.recall.values()):
-                best = tuned
-            if tuned.enough:
-                break
-        return best
+            return choice.tune(index, queries, truth, snapshot.stored, wanted.recall)
+
+        return choice.first_enough(kinds, tuned, forced=wanted.factory is not None)
 
     def _sample(self, count: int) -> Vectors:
         """Stored vectors, evenly drawn, always the same."""
         live = self._snapshot.live
-        return self._snapshot.stored(live[np.linspace(0, len(live) - 1, min(count, len(live))).astype(np.int64)])
+        return self._snapshot.stored(live[choice.evenly(len(live), count)])
 
     def _probe(self) -> dict[str, Vectors]:
         return {choice.STORED: self._sample(choice.PROBES)}
