@@ -105,6 +105,15 @@ def evaluate(
         ),
     ] = None,
     templates: Annotated[Path | None, typer.Option(help="A file of such sentences, one a line.")] = None,
+    index: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--index",
+            metavar="KIND",
+            help="Measure retrieval through a FAISS index too: a factory string, auto for what an index folder of as "
+            "many rows would have, or exact; may be repeated.",
+        ),
+    ] = None,
     json: JsonOption = False,
     format_: Annotated[
         Format | None, typer.Option("--format", help="clip-benchmark: the JSON that CLIP_benchmark writes.")
@@ -130,6 +139,8 @@ def evaluate(
 
     if runs and task is Task.classification:
         raise typer.BadParameter("a run lists what was retrieved: it is for --task retrieval", param_hint="--runs")
+    if index and task is Task.classification:
+        raise typer.BadParameter("an index is searched: it is for --task retrieval", param_hint="--index")
     beside = pairs / "zeroshot_classification_templates.txt"  # in CLIP_benchmark's layout
     if task is Task.classification and not prompt and not templates and beside.is_file():
         templates = beside
@@ -149,6 +160,7 @@ def evaluate(
         slices=slice_ or (),
         merge_captions=merge_captions,
         prompts=prompts or (evaluation.PROMPT,),
+        indexes=index or (),
         cached=not no_cache,
     )
     encoder = load_encoder(model or BUILTIN, device=device, threads=threads, preprocess=preprocess)

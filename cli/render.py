@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from retrieval.duplicates import Duplicates
     from retrieval.evaluation import Comparison, Evaluation
+    from retrieval.index_evaluation import IndexScores
     from retrieval.indexing import IndexReport
     from retrieval.library import Library, Match, Matches, Term
 
@@ -91,7 +92,7 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(
             column,
-            justify="left" if column in ("path", "sentence", "name", "measure", "slice", "") else "right",
+            justify="left" if column in ("path", "sentence", "name", "measure", "slice", "index", "") else "right",
             overflow="fold",
         )
     return table
@@ -249,6 +250,8 @@ def evaluation(result: Evaluation) -> None:
             _slices_table(result)
         if result.comparison:
             _comparison_table(result.comparison, result)
+        if result.indexes:
+            _indexes_table(result.indexes)
     else:
         _measures_tsv("", result.metrics, result.intervals)
         for part in result.slices:
@@ -256,7 +259,13 @@ def evaluation(result: Evaluation) -> None:
         if result.comparison:
             _measures_tsv("other:", result.comparison.other.metrics, result.comparison.other.intervals)
             _measures_tsv("difference:", result.comparison.differences, result.comparison.intervals)
+        for scores in result.indexes:
+            _index_tsv(scores)
         note(title)
+    for scores in result.indexes:
+        if scores.asked == "auto":
+            what = "pictures" if scores.way == "t2i" else "texts"
+            note(f"auto, for {scores.rows:,} {what}: {'exact search' if scores.kind == 'exact' else scores.kind}")
     if result.note:
         note(result.note)
 
@@ -301,6 +310,29 @@ def _comparison_table(comparison: Comparison, result: Evaluation) -> None:
         this, that = (_value(name, one.metrics[name]) for one in (result, comparison.other))
         table.add_row(name, this, that, _with_interval(name, comparison.differences, comparison.intervals, "+"), sure)
     _print_table(table)
+
+
+def _indexes_table(indexes: Sequence[IndexScores]) -> None:
+    shown = [name.partition("_")[2] for name in indexes[0].metrics if "_hit@" in name]
+    table = _table("", "index", *shown, "of exact's 10", "queries/s", "MB")
+    way = ""
+    for scores in indexes:
+        if way and scores.way != way:
+            table.add_section()
+        hits = [_value(name, scores.metrics[f"{scores.way}_{name}"]) for name in shown]
+        found, speed, size = f"{100 * scores.recall:.1f}", f"{scores.queries_per_second:,.0f}", scores.bytes / 1e6
+        table.add_row(_WAYS[scores.way] if scores.way != way else "", scores.name, *hits, found, speed, f"{size:,.2f}")
+        way = scores.way
+    _print_table(table)
+
+
+def _index_tsv(scores: IndexScores) -> None:
+    values = {name: f"{value:.4f}" for name, value in scores.metrics.items()}
+    values[f"{scores.way}_recall_of_exact@10"] = f"{scores.recall:.4f}"
+    values[f"{scores.way}_queries_per_second"] = f"{scores.queries_per_second:.1f}"
+    values[f"{scores.way}_bytes"] = f"{scores.bytes}"
+    for name, value in values.items():
+        sys.stdout.write(f"index={_printable(scores.asked)}:{name}\t{value}\n")
 
 
 def _with_interval(name: str, values: Mapping[str, float], intervals: Intervals, sign: str = "") -> str:

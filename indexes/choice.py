@@ -9,12 +9,13 @@ behind inverted lists it is faster still, from a few hundred thousand rows on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from indexes.errors import VectorError
 from indexes.manifest import Measured, Wanted
 from indexes.vectors import Hits, VectorIndex, Vectors, cosines
 
@@ -101,17 +102,57 @@ def tune(
     return best
 
 
+def first_enough(kinds: Sequence[str], tuned: Callable[[str], Tuned], forced: bool) -> Tuned | None:
+    """Try kinds in turn: the first index that finds enough, else the one that finds most.
+
+    Args:
+        kinds: FAISS factory strings.
+        tuned: builds an index of a kind, and tunes it.
+        forced: whether a kind that FAISS cannot build is an error, and not passed over.
+
+    Returns:
+        None where none of them can be built.
+
+    Raises:
+        VectorError: what is forced cannot be built.
+
+    """
+    best: Tuned | None = None
+    for kind in kinds:
+        try:
+            found = tuned(kind)
+        except VectorError:
+            if forced:
+                raise
+            continue  # an older FAISS that does not know it
+        if best is None or found.enough or min(found.recall.values()) > min(best.recall.values()):
+            best = found
+        if found.enough:
+            break
+    return best
+
+
 def measured(tuned: Tuned, search: Callable[[Vectors], object], queries: Mapping[str, Vectors], size: int) -> Measured:
     """Time single queries of all kinds in turn; ``search`` answers one (1, D)."""
-    each = [query[None] for rows in queries.values() for query in rows[:_TIMED]]
-    times = []
-    for query in each:
-        began = time.perf_counter()
-        search(query)
-        times.append(1000 * (time.perf_counter() - began))
+    times = [took for rows in queries.values() for took in milliseconds(search, rows)]
     counts = {name: len(rows) for name, rows in queries.items()}
     p50, p99 = np.percentile(times, [50, 99])
     return Measured(tuned.recall, counts, round(float(p50), 3), round(float(p99), 3), size)
+
+
+def milliseconds(search: Callable[[Vectors], object], queries: Vectors) -> list[float]:
+    """How long the first hundred queries take, each alone; ``search`` answers one (1, D)."""
+    times = []
+    for query in queries[:_TIMED]:
+        began = time.perf_counter()
+        search(query[None])
+        times.append(1000 * (time.perf_counter() - began))
+    return times
+
+
+def evenly(rows: int, count: int) -> NDArray[np.int64]:
+    """At most so many of the row numbers, evenly drawn, always the same."""
+    return np.linspace(0, rows - 1, min(count, rows)).astype(np.int64)
 
 
 def _found(

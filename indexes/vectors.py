@@ -6,10 +6,11 @@ depend on the batch, the number of threads or the kernel. Rows are ranked by fal
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -105,6 +106,14 @@ def near_best(products: NDArray[np.float32], k: int, dim: int) -> NDArray[np.int
     return np.flatnonzero(products >= kth - rounding_margin(dim))
 
 
+def rescored(
+    query: NDArray[np.float32], rows: NDArray[np.int64], vectors: Vectors, k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Score candidates anew with their vectors (n, D): those rows that may be among the best k, and their cosines."""
+    best = near_best(vectors @ query, k, vectors.shape[1])
+    return rows[best], cosines(query, vectors[best])
+
+
 def ranked(
     queries: Sized, columns: int, candidates: Callable[[int], tuple[NDArray[np.int64], NDArray[np.float32]]]
 ) -> Hits:
@@ -195,22 +204,20 @@ class VectorIndex:
             VectorError: FAISS does not know the factory string, or needs more rows to train it.
 
         """
-        faiss = runtime.faiss()
-        try:
-            index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        with _building(factory, rows):
+            index, points = _untrained(factory, dim, rows)
             if rows:
                 if not index.is_trained:
-                    points = _training_points(index)
-                    if rows < points // _POINTS * _FEWEST:
-                        raise RuntimeError(f"Error: it needs at least {points // _POINTS * _FEWEST:,} to be trained")
                     index.train(sample(min(rows, max(points, _TRAINING))))
                 for block in blocks:
                     index.add(block)
-        except RuntimeError as error:
-            raise VectorError(
-                f"FAISS cannot build an index of kind {factory!r} on {rows:,} vectors: {_reason(error)}"
-            ) from error
         return cls(index, factory)
+
+    @classmethod
+    def check(cls, factory: str, dim: int, rows: int) -> None:
+        """Refuse what `fill` would refuse, before there are any vectors. Raises VectorError."""
+        with _building(factory, rows):
+            _untrained(factory, dim, rows)
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
@@ -219,6 +226,13 @@ class VectorIndex:
     def dim(self) -> int:
         """The width D of its vectors."""
         return int(self._index.d)
+
+    @property
+    def size(self) -> int:
+        """How many bytes `save` would write."""
+        faiss, parts = runtime.faiss(), [len(_FACTORY), len(self.factory.encode())]
+        faiss.write_index(self._index, faiss.PyCallbackIOWriter(lambda part: parts.append(len(part))))
+        return sum(parts)
 
     @property
     def effort(self) -> tuple[str, tuple[int, ...]] | None:
@@ -386,6 +400,27 @@ class VectorIndex:
             return cosines(query, self._index.reconstruct_batch(rows))
         except RuntimeError:
             return np.clip(products, -1, 1)
+
+
+@contextlib.contextmanager
+def _building(factory: str, rows: int) -> Iterator[None]:
+    """Turn what FAISS says of a kind that it cannot build into VectorError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise VectorError(
+            f"FAISS cannot build an index of kind {factory!r} on {rows:,} vectors: {_reason(error)}"
+        ) from error
+
+
+def _untrained(factory: str, dim: int, rows: int) -> tuple[Any, int]:
+    """FAISS's index of a kind, and how many rows to train it on (0: none). RuntimeError if there are too few."""
+    faiss = runtime.faiss()
+    index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    points = 0 if index.is_trained else _training_points(index)
+    if 0 < rows < points // _POINTS * _FEWEST:
+        raise RuntimeError(f"Error: it needs at least {points // _POINTS * _FEWEST:,} to be trained")
+    return index, points
 
 
 def _training_points(index: Any) -> int:

@@ -15,6 +15,7 @@ from indexes.vectors import Vectors, exact_search
 from retrieval.embedding import EmbeddingCache, Progress, encode_pictures, encode_sentences
 from retrieval.encoders import Encoder
 from retrieval.errors import DataError, UsageError
+from retrieval.index_evaluation import Direction, IndexScores, check_kinds, evaluate_indexes
 from retrieval.metrics import (
     KS,
     ClassScores,
@@ -24,6 +25,7 @@ from retrieval.metrics import (
     measure,
 )
 from retrieval.pairs import Record, checksum, class_names
+from retrieval.probes import probes
 from retrieval.ranks import Ranking, Rows, Ties, rank_pairs
 
 PROMPT = "a photo of a {name}."
@@ -94,6 +96,7 @@ class Evaluation:
     details: RetrievalDetails | ClassificationDetails
     slices: tuple[Slice, ...] = ()
     comparison: Comparison | None = None
+    indexes: tuple[IndexScores, ...] = ()  # of each direction: exact search first, then the kinds asked for
     ties: Ties = "pessimistic"
     note: str = ""
 
@@ -128,6 +131,8 @@ class Evaluation:
                 "differences": dict(self.comparison.differences),
                 "intervals": _lists(self.comparison.intervals),
             }
+        if self.indexes:
+            fields["indexes"] = [scores.to_json() for scores in self.indexes]
         return {**fields, "note": self.note}
 
 
@@ -145,6 +150,7 @@ class Settings:
     slices: Sequence[str] = ()  # columns, `label`, `caption-length`
     merge_captions: bool = False  # papers count equal captions of two pictures as two queries with one answer each
     prompts: Sequence[str] = (PROMPT,)  # of a class; their vectors are averaged
+    indexes: Sequence[str] = ()  # FAISS factory strings, "exact" or "auto": measure retrieval through these too
     cached: bool = True  # vectors are kept below the cache directory by content and fingerprint
 
 
@@ -171,12 +177,14 @@ def evaluate(
         progress: called with (pictures done, pictures).
 
     Raises:
-        DataError: there is no caption at all, or pictures that cannot be read; UsageError: a slice that is none.
+        DataError: there is no caption at all, or pictures that cannot be read; UsageError: a slice that is none;
+        VectorError: a kind of index that FAISS does not know or cannot train on so few.
     """
     settings = settings or Settings()
     texts, owner, image_rows, text_rows = _texts(records, settings.merge_captions)
     if not texts:
         raise DataError("none of these pictures has a caption: for labels use --task classification")
+    check_kinds(settings.indexes, (len(records), len(texts)), encoder.dim)
     slices = list(_slices(records, texts, owner, settings.slices))
 
     def measured(model: Encoder) -> tuple[Evaluation, Scores]:
@@ -204,7 +212,39 @@ def evaluate(
             note=problem,
         ), scores
 
-    return _compared(measured, encoder, other)
+    result = _compared(measured, encoder, other)
+    if not settings.indexes:
+        return result
+    tune_on, ks = probes(encoder), settings.ks or KS
+    found = [
+        scores
+        for direction in _directions(_retrieval(result))
+        for scores in evaluate_indexes(settings.indexes, direction, tune_on, ks, settings.ties)
+    ]
+    return replace(result, indexes=tuple(found))
+
+
+def _directions(details: RetrievalDetails) -> Iterator[Direction]:
+    """Pictures searched with the texts, and texts with the pictures."""
+    for way, gallery, asked, ranks, queries, answers in (
+        (
+            "t2i",
+            details.image_vectors,
+            details.text_vectors,
+            details.ranking.t2i,
+            details.text_rows,
+            details.image_rows,
+        ),
+        (
+            "i2t",
+            details.text_vectors,
+            details.image_vectors,
+            details.ranking.i2t,
+            details.image_rows,
+            details.text_rows,
+        ),
+    ):
+        yield Direction(way, gallery, asked[ranks.queries], ranks, answers[np.argsort(queries, kind="stable")])
 
 
 def _texts(records: Sequence[Record], merge: bool) -> tuple[list[str], Rows, Rows, Rows]:

@@ -38,7 +38,7 @@ _NOT_SHOWN = {"mtime_ns", "hash", "latitude", "longitude"}  # columns that no ma
 _HIDDEN = frozenset({*ROW_SCHEMA.names, OFFSET})  # of a match's columns: they have names of their own, or none
 STORE_NAME = ".diptych"
 _MAX_WEIGHT = 1000  # beside it, nothing else in the query counts
-QUICK_SCAN = 50_000  # pictures; looking through a folder costs about 10 microseconds a file
+QUICK_SCAN = 100_000  # pictures; looking through a folder costs about 5 microseconds a file
 QUICK_FILES = 50  # embedding one costs tens of milliseconds
 
 
@@ -289,9 +289,8 @@ class Library:
             report = Run(self, writer, plan, max_pixels, progress).finish()
         if wanted is not None and wanted != self.store.wanted:
             self.build_index(wanted)
-        elif self.store.index_is_stale():
-            with contextlib.suppress(VectorError):  # too few rows are left for a kind wanted once: search stays exact
-                self.build_index()
+        else:
+            self.build_stale_index()
         failures = tuple(f for f in self.store.failures() if not below or f.path.startswith(below + "/"))
         return IndexReport(**report, skipped=plan.unchanged, failures=failures)
 
@@ -308,6 +307,12 @@ class Library:
         except DiptychError:  # vectors from elsewhere, whose model is not at hand: stored rows alone are searched with
             queries = {}
         self.store.rebuild_index(wanted, queries)
+
+    def build_stale_index(self) -> None:
+        """Build the FAISS index where rows have outgrown it; `index` does this at its end."""
+        if self.store.index_is_stale():
+            with contextlib.suppress(VectorError):  # too few rows are left for a kind wanted once: search stays exact
+                self.build_index()
 
     def check(self) -> list[str]:
         """Recompute every checksum of the index, and its model's fingerprint; a line for each thing that is wrong."""

@@ -78,8 +78,16 @@ _PLAIN: Mapping[str, Callable[[Ranks], Values]] = {
 
 def per_query(ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, Values]:
     """Every measure that is a mean over the queries, as its value for each: (Q,) by name."""
-    at_k = {f"{name}@{k}": function(ranks, k) for name, function in _AT_K.items() for k in ks}
-    return {**at_k, **{name: function(ranks) for name, function in _PLAIN.items()}}
+    return {**_at_k(ranks, ks), **{name: function(ranks) for name, function in _PLAIN.items()}}
+
+
+def _at_k(ranks: Ranks, ks: Sequence[int]) -> dict[str, Values]:
+    return {f"{name}@{k}": function(ranks, k) for name, function in _AT_K.items() for k in ks}
+
+
+def means_at_k(ranks: Ranks, ks: Sequence[int] = KS) -> dict[str, float]:
+    """hit@k, recall@k and nDCG@k: all that can be known of a search that ends; a rank beyond its end is infinite."""
+    return {name: _mean(values) for name, values in _at_k(ranks, ks).items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,5 +32,5 @@ class ColourEncoder:
     def encode_texts(self, texts: Sequence[str]) -> Vectors:
         if not texts:
             return np.empty((0, 3), np.float32)
-        rows = [np.sum([COLOURS[word] for word in text.split() if word in COLOURS], axis=0) for text in texts]
+        rows = [np.sum([COLOURS[w] for w in text.split() if w in COLOURS] or [(0, 0, 0)], axis=0) for text in texts]
         return as_vectors(np.array(rows, np.float32))

@@ -44,6 +44,7 @@ STYLE = """
   .plot circle { fill: currentColor; }
   .plot .start { stroke: currentColor; stroke-width: 1.25; stroke-dasharray: 1.5 3; }
   .plot.lines svg svg { overflow: visible; }
+  .plot .mark.other circle { fill: var(--card); } .plot.points text.end { fill: var(--ink); }
   .plot.named { padding-right: 3.6rem; } .plot text.end { fill: currentColor; }
   .bars { padding: 2.2rem 0 1.6rem; }
   .bars svg { width: 100%; height: 9rem; }
@@ -358,6 +359,105 @@ def _spread(ends: Sequence[tuple[float, Line]]) -> list[tuple[float, Line]]:
         (min(height, 100 - _APART * (len(placed) - 1 - i)) if over else height, line)
         for i, (height, line) in enumerate(placed)
     ]
+
+
+# ---- points ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """Something that is measured twice: by what stands below and by what stands on the left."""
+
+    name: str
+    x: float
+    y: float
+    told: str = ""  # when one points at it
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """The Pareto front: those than which none is better both ways, more being better. From the left to the right."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda point: (-point.x, -point.y)):
+        if not best or point.y > best[-1].y:
+            best.append(point)
+    return best[::-1]
+
+
+def scatter(points: Sequence[Point], y: Axis, label: str, *, x_name: str, y_name: str, kind: str = "t2i") -> str:
+    """Named points over a logarithmic axis, those of the Pareto front filled and joined. ``%`` is in hundredths."""
+    low, high = min(point.x for point in points), max(point.x for point in points)
+    low, high = low / 1.25, high * 1.25
+
+    def across(value: float) -> float:
+        return 100 * math.log(value / low) / math.log(high / low)
+
+    parts = []
+    for tick in y.ticks:
+        height = f"{100 - y.place(tick):.2f}%"
+        parts.append(f'<line class="grid" x2="100%" y1="{height}" y2="{height}"/>')
+        parts.append(_text("-8", height, _reading(tick, y_name), 'text-anchor="end" dy=".32em"'))
+    parts.append(_text("-8", "-14", y_name, 'text-anchor="start" dx="-24"'))
+    parts.append(_text("100%", "-14", f"{x_name} →", 'text-anchor="end"'))
+    for tick in _round_numbers(low, high):
+        at = f"{across(tick):.2f}%"
+        parts += [_upright("grid", at), _text(at, "100%", f"{tick:,.15g}", 'text-anchor="middle" dy="1.5em"')]
+    best = frontier(points)
+    path = " L".join(f"{across(point.x):.2f},{100 - y.place(point.y):.2f}" for point in best)
+    for point in points:
+        hollow = "" if point in best else " other"
+        circle = f'<circle cx="{across(point.x):.2f}%" cy="{100 - y.place(point.y):.2f}%" r="4">'
+        parts.append(f'<g class="mark {kind}{hollow}">{circle}<title>{html.escape(point.told)}</title></circle></g>')
+    places = [(across(point.x), 100 - y.place(point.y), point.name) for point in points]
+    for left, top, name, left_of in _beside(places):
+        attributes = f'text-anchor="{"end" if left_of else "start"}" dx="{-9 if left_of else 9}" dy=".32em"'
+        parts.append(_text(f"{left:.2f}%", f"{top:.2f}%", name, f'class="end" {attributes}'))
+    inside = (  # under the points
+        '<svg width="100%" height="100%" viewBox="0 0 100 100" preserveAspectRatio="none">'
+        f'<path class="{kind}" d="M{path}"/></svg>'
+    )
+    drawn = f'<svg role="img" aria-label="{html.escape(label)}">{inside}{"".join(parts)}</svg>'
+    return f'<div class="plot lines points">{drawn}</div>'
+
+
+_WIDE = 1.5  # a letter, in hundredths of the width of a plot in a panel
+
+
+def _beside(places: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str, bool]]:
+    """Where the names of points are written: beside them, moved down or up until they hide none written before.
+
+    Args:
+        places: from the left and from above, in hundredths, and the name.
+
+    Returns:
+        The same with the name's height, and whether it is written to the left of its point.
+    """
+    written: list[tuple[float, float, float]] = []
+    out = []
+    for left, height, name in places:
+        width = _WIDE * (len(name) + 2)
+        left_of = left + width > 100
+        begin = left - width if left_of else left
+        steps = [step * sign * _APART for step in range(len(places)) for sign in (1, -1)]
+        free = (
+            height + step
+            for step in steps
+            if 0 <= height + step <= 100
+            and all(
+                abs(height + step - other) >= _APART or begin >= stop or begin + width <= start
+                for start, stop, other in written
+            )
+        )
+        chosen = next(free, height)
+        written.append((begin, begin + width, chosen))
+        out.append((left, chosen, name, left_of))
+    return out
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten, or the powers alone where there are many."""
+    powers = [10.0**n for n in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    factors = (1, 2, 5) if high < 100 * low else (1,)
+    return [factor * power for power in powers for factor in factors if low <= factor * power <= high]
 
 
 # ---- bars ------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from retrieval.report.charts import (
     share_bar,
     whiskers,
 )
+from retrieval.report.indexes import index_section
 
 _WORST, _BEST, _SHOWN = 8, 4, 4  # examples of a direction, and what is shown of the answer to each
 _PROBED = 5000  # queries among which the best are looked for
@@ -227,6 +228,7 @@ def _retrieval(result: Evaluation, details: RetrievalDetails, pictures: page.Pic
         *_curve_section(result, ways),
         _rank_section(ways),
         *_retrieval_slices(result),
+        *index_section(result.indexes),
         *(section for way in ways for section in _example_sections(way, details, pictures)),
     ]
 

@@ -695,8 +695,8 @@ def test_damaged_manifest(store, edit):
 
 def test_manifest_of_a_newer_release(store):
     file = store.path / "manifest.json"
-    file.write_text(json.dumps({"format": 2, "anything": "else"}))
-    with pytest.raises(StoreError, match="format 2, and this release reads up to 1: upgrade diptych"):
+    file.write_text(json.dumps({"format": 3, "anything": "else"}))
+    with pytest.raises(StoreError, match="format 3, and this release reads up to 2: upgrade diptych"):
         Store.open(store.path)
 
 

@@ -228,6 +228,23 @@ def test_unknown_kind_and_too_few_rows_to_train():
             VectorIndex.build(unit(900), kind)
 
 
+@pytest.mark.parametrize(("kind", "rows"), [("Flatt", 3), ("IVF64,Flat", 2495), ("PQ4,RFlat", 900), ("PQ5x4fs", 900)])
+def test_what_cannot_be_built_is_known_before_there_are_vectors(kind, rows):
+    with pytest.raises(VectorError) as built:
+        VectorIndex.build(unit(rows), kind)
+    with pytest.raises(VectorError) as checked:
+        VectorIndex.check(kind, DIM, rows)
+    assert str(checked.value) == str(built.value)
+    VectorIndex.check("IVF64,Flat", DIM, 2496)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_size_is_that_of_the_file(kind, tmp_path):
+    index = VectorIndex.build(unit(900), kind)
+    index.save(tmp_path / "index.faiss")
+    assert index.size == (tmp_path / "index.faiss").stat().st_size
+
+
 def test_training_says_nothing_on_stderr(capfd):
     """FAISS remarks there on few rows, from C++, and runs a k-means for each part of a product quantiser."""
     for kind in ("IVF64,Flat", "PQ8x4fs", "IVF8,PQ4x4fs", "RaBitQfs", "PCA8,SQ8", "IVF16,RaBitQfs"):
