@@ -125,6 +125,11 @@ class Snapshot:
         found: NDArray[np.bool_] = pc.equal(self.columns("kind")["kind"], "text").to_numpy()
         return found
 
+    @functools.cached_property
+    def text_count(self) -> int:
+        """How many positions hold a sentence."""
+        return int(np.count_nonzero(self.texts))
+
     def columns(self, *names: str) -> pa.Table:
         """Some columns of `rows`; what was read once is kept."""
         new = [name for name in names if name not in self._columns]
