@@ -46,6 +46,7 @@ class Snapshot:
         ]
         self._starts = np.cumsum([0, *(segment.rows for segment in self.segments)], dtype=np.int64)
         self._columns: dict[str, pa.ChunkedArray] = {}
+        self._tables: dict[tuple[str, ...], pa.Table] = {}  # of some of them
         self._groups: dict[tuple[Segment, int, tuple[str, ...]], pa.Table] = {}
         # Row groups that single rows were read from lately: those of one commit serve the next as well.
         self._recent: Callable[[Segment, int], pa.Table] = (
@@ -139,7 +140,10 @@ class Snapshot:
             table = pa.concat_tables([schema.empty_table(), *tables])
             table = table.combine_chunks().take(self.live) if len(self.dead) else table.combine_chunks()
             self._columns |= zip(new, table.columns, strict=True)
-        return pa.table([self._columns[name] for name in names], schema=self._schema_of(names))
+        if names not in self._tables:  # making one costs more than finding ten rows in it
+            schema = self._schema_of(names)
+            self._tables[names] = pa.table([self._columns[name] for name in names], schema=schema)
+        return self._tables[names]
 
     def _schema_of(self, names: Sequence[str]) -> pa.Schema:
         return pa.schema([self.schema.field(name) for name in names])
@@ -171,6 +175,8 @@ class Snapshot:
 
     def stored(self, slots: NDArray[np.int64]) -> Vectors:
         """Read the vectors in some slots, in any order, as unit rows. Only their part of the files is read."""
+        if len(self.segments) == 1:
+            return self.segments[0].take(slots)
         out = np.empty((len(slots), self.manifest.model.dim), dtype=np.float32)
         inside = np.searchsorted(self._starts, slots, side="right") - 1
         for i in np.unique(inside):
