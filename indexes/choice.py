@@ -20,7 +20,7 @@ from indexes.manifest import Measured, Wanted
 from indexes.vectors import Hits, VectorIndex, Vectors, cosines
 
 EXACT = "exact"  # no FAISS file at all
-STORED = "stored"  # the kind of query that is a stored vector
+IMAGE, STORED = "image", "stored"  # kinds of queries: stored vectors, of pictures alone or of what there is
 K = 10  # the recall that is measured is that of the ten nearest rows
 _EXACT_ROWS = 20_000  # up to here exact search takes a few milliseconds
 _LISTS_ROWS = 300_000  # from here on inverted lists pay for their k-means

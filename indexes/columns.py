@@ -69,6 +69,8 @@ def unified(schemas: Iterable[pa.Schema]) -> pa.Schema:
 
 def aligned(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """A table with exactly the columns of a schema, which `unified` made: missing ones null, others converted."""
+    if table.schema.equals(schema):
+        return table
     have = set(table.column_names)
     columns = [
         _converted(table[field.name], field.type) if field.name in have else pa.nulls(len(table), field.type)

@@ -28,7 +28,7 @@ Block: TypeAlias = Callable[[int, int], NDArray[Any]]
 _READ = 16_384  # rows at a time: 32 MB in float32 at 512 dimensions
 _EXACT = 20_000  # rows that are all compared with each other: 3 s on two cores at 512 dimensions
 _CELL = 500  # rows in a cell, on average; see _cells for the cost
-_PROBES = 4  # cells that each row is compared with
+_PROBES = 6  # cells that each row is compared with
 _SAMPLE = 50  # rows that k-means sees for each cell: FAISS warns below 39
 _PRODUCTS = 1 << 24  # cosines held at a time: 64 MB
 _LINKS = 1 << 25  # links kept in all, so that memory is bounded whatever the rows are …
@@ -159,7 +159,8 @@ def _cells(copy: NDArray[Any], rows: NDArray[np.int64]) -> Iterator[tuple[NDArra
 
     Each row lies in the `b` of the cell whose centre it is nearest to, and in the `a` of its nearest few cells. For n
     rows in k cells of which p are looked into, finding the cells takes n·k products and comparing n·p·n/k, times about
-    4 since cells are of unequal sizes: with k = n / 500 one million rows take 2·10^9 and 10^10, and all with all 10^12.
+    4 since cells are of unequal sizes: with k = n / 500 and p = 6 a
+    million rows take 2·10^9 and 1.2·10^10, and all with all 10^12.
     """
     count = max(1, len(rows) // _CELL)
     sample = np.random.default_rng(0).choice(rows, min(len(rows), count * _SAMPLE), replace=False)

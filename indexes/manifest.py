@@ -16,8 +16,9 @@ from indexes.errors import StoreCorrupt, StoreError, StoreNotFound
 
 MANIFEST = "manifest.json"
 SEGMENTS = "segments"
-FORMAT = 1
+FORMAT = 2  # 1 had no file of deleted ids
 _SEGMENT_NAME = re.compile(r"\d{8}\.parquet")
+_DELETED_NAME = re.compile(r"deleted-\d{8}\.parquet")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,15 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class DeletedRef:
+    """One immutable file beside the manifest: the ids of ``rows`` deleted rows that are still in a segment."""
+
+    file: str
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class AnnRef:
     """The FAISS file: its factory string, what it covers, and how it is searched.
 
@@ -119,7 +129,8 @@ class Manifest:
     generation: int = 0
     next_id: int = 0
     segments: tuple[SegmentRef, ...] = ()  # in the order of their ids
-    tombstones: tuple[int, ...] = ()  # ids of deleted rows that are still in a segment
+    tombstones: tuple[int, ...] = ()  # ids of deleted rows that are still in a segment: the latest …
+    deleted: DeletedRef | None = None  # … and, where they are many, the rest
     ann: AnnRef | None = None
     wanted: Wanted = field(default_factory=Wanted)
     failures: int = 0
@@ -133,7 +144,7 @@ class Manifest:
     @property
     def rows(self) -> int:
         """Rows that count."""
-        return self.stored - len(self.tombstones)
+        return self.stored - len(self.tombstones) - (self.deleted.rows if self.deleted else 0)
 
     def write(self, folder: Path) -> None:
         """Make this the state of the folder, in one step. Raises OSError, and then the old state stays."""
@@ -179,6 +190,7 @@ def _parsed(fields: dict[str, Any]) -> Manifest:
         next_id=fields["next_id"],
         segments=tuple(SegmentRef(**segment) for segment in fields["segments"]),
         tombstones=tuple(fields["tombstones"]),
+        deleted=DeletedRef(**fields["deleted"]) if fields.get("deleted") else None,
         ann=_ann(fields["ann"]) if fields["ann"] else None,
         wanted=Wanted(**fields.get("wanted", {})),
         failures=fields["counts"]["failures"],
@@ -186,10 +198,13 @@ def _parsed(fields: dict[str, Any]) -> Manifest:
     )
     numbers = [manifest.model.dim, manifest.generation, manifest.next_id, manifest.failures, *manifest.tombstones]
     numbers += [number for segment in manifest.segments for number in (segment.rows, segment.texts)]
-    if not all(type(number) is int and number >= 0 for number in numbers) or fields["format"] != FORMAT:
+    numbers += [manifest.deleted.rows] if manifest.deleted else []
+    if not all(type(number) is int and number >= 0 for number in numbers) or fields["format"] not in (1, FORMAT):
         raise ValueError("a number is not what it should be")
     if not all(_SEGMENT_NAME.fullmatch(segment.file) for segment in manifest.segments):  # never a path out of here
         raise ValueError("a segment has a wrong name")
+    if manifest.deleted and not _DELETED_NAME.fullmatch(manifest.deleted.file):
+        raise ValueError("the file of deleted rows has a wrong name")
     if not isinstance(manifest.root, str | None) or manifest.rows < 0:
         raise ValueError("its parts contradict each other")
     if manifest.ann and manifest.ann.rows != sum(s.rows for s in manifest.segments[: manifest.ann.segments]):
@@ -239,10 +254,14 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(folder: Path, manifest: Manifest) -> None:
-    """Delete what a killed writer left, and segments that no longer count. Only for the holder of the lock."""
-    kept = {segment.file for segment in manifest.segments}
-    old = [file for file in (folder / SEGMENTS).iterdir() if file.name not in kept]
-    own = [file for file in old if _SEGMENT_NAME.fullmatch(file.name.removesuffix(".tmp"))]
+    """Delete what a killed writer left, and files that no longer count. Only for the holder of the lock."""
+    kept = {segment.file for segment in manifest.segments} | ({manifest.deleted.file} if manifest.deleted else set())
+    own = [
+        file
+        for place, name in ((folder / SEGMENTS, _SEGMENT_NAME), (folder, _DELETED_NAME))
+        for file in place.iterdir()
+        if file.name not in kept and name.fullmatch(file.name.removesuffix(".tmp"))
+    ]
     for file in (*own, *(folder / f"{name}.tmp" for name in (MANIFEST, "failures.parquet", "vectors.faiss"))):
         with contextlib.suppress(OSError):  # Windows keeps what a reader has open; the next writer tries again
             file.unlink(missing_ok=True)

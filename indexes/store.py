@@ -29,7 +29,7 @@ from indexes.manifest import (
     remove_leftovers,
     sha256_of,
 )
-from indexes.segments import FAILURES, Failure, Row, decode_row, read_failures
+from indexes.segments import FAILURES, Failure, Row, read_failures
 from indexes.snapshot import ANN_FILE, Snapshot
 from indexes.vectors import Hits, Vectors, as_vectors, check_search, check_width
 from indexes.writer import Writer, cannot_write
@@ -142,6 +142,10 @@ class Store:
         """
         return self.snapshot.rows
 
+    def columns(self, *names: str) -> pa.Table:
+        """Some of the columns of `rows`; only these are read."""
+        return self.snapshot.columns(*names)
+
     @property
     def schema(self) -> pa.Schema:
         """Names and types of the columns of `rows`."""
@@ -173,7 +177,7 @@ class Store:
         position = self.snapshot.position(row_id)
         if position is None:
             raise KeyError(f"no row has the id {row_id}")
-        return decode_row(self.snapshot.rows, position)
+        return self.snapshot.row(position)
 
     def vectors(self) -> Vectors:
         """Read the vector at each position: (N, D) unit rows, widened from the stored float16."""
@@ -209,6 +213,7 @@ class Store:
         """Recompute every checksum; one line for each thing that is wrong, none if the index is sound."""
         manifest, wrong = self.snapshot.manifest, []
         files = [(self.path / SEGMENTS / segment.file, segment.sha256) for segment in manifest.segments]
+        files += [(self.path / manifest.deleted.file, manifest.deleted.sha256)] if manifest.deleted else []
         if manifest.ann and manifest.ann.rows and (self.path / ANN_FILE).exists():  # it may be deleted at any time
             files.append((self.path / ANN_FILE, manifest.ann.sha256))
         for file, expected in files:

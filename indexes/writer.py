@@ -20,32 +20,37 @@ from indexes.errors import StoreError
 from indexes.manifest import SEGMENTS, AnnRef, SegmentRef, SourceRef, Wanted, remove_leftovers, sha256_of
 from indexes.segments import (
     FAILURES,
+    ID,
     Failure,
     Row,
+    check_columns,
     encode_rows,
     extra_columns,
     read_failures,
+    with_columns,
     with_embeddings,
+    write_deleted,
     write_failures,
     write_segment,
 )
-from indexes.snapshot import ANN_FILE, Snapshot
+from indexes.snapshot import ANN_FILE, Snapshot, joined
 from indexes.vectors import VectorIndex, Vectors, as_vectors, check_width
 
 if TYPE_CHECKING:
     from indexes.store import Store
 
-_BUFFERED = 100  # changes that a kill may lose at most …
-_SECONDS = 2.0  # … unless they are older than this at the next call
+_BUFFERED = 100  # new rows that a kill may lose at most …
+_SECONDS = 2.0  # … unless they are older than this at the next call; so are removals and failures, soon found again
 _SEGMENTS = 16  # each costs a reader about a millisecond
-_TOMBSTONES = 1000
+_TOMBSTONES = 1000  # more are swept up once they are a quarter of the rows, and stand in a file of their own until then
+_SLAB = 8192  # rows of a bulk load that are prepared at a time: 24 MB of embeddings at 512 dimensions
 
 
 @dataclass(frozen=True)
 class _New:
     """A row that is not written yet."""
 
-    row: Row
+    row: pa.Table  # one row, with its id
     half: NDArray[np.float16]  # (D,)
 
 
@@ -57,6 +62,7 @@ class Writer:
 
     def __init__(self, store: Store) -> None:
         self.failed = False  # the last commit could not be written
+        self._room = True  # for a merge: where there was none, it is not tried again at every commit
         self._store = store
         self._next_id = self._snapshot.manifest.next_id
         self._new: dict[int, _New] = {}
@@ -74,7 +80,52 @@ class Writer:
             StoreError: a commit was due and failed.
 
         """
-        return self._put(row, self._half(row, vector))
+        return self._put(self._encoded(row), self._half(row, vector))
+
+    def add_many(self, rows: pa.Table, vectors: ArrayLike) -> NDArray[np.int64]:
+        """Add many rows in one commit of their own, all or none of them: for vectors that come from elsewhere.
+
+        What is buffered is committed first. Memory: some 8,192 rows at a time beside what is given, so `vectors` may be
+        a memory map.
+
+        Args:
+            rows: (N) columns named and typed as in `Store.rows`, or such as Arrow can cast safely, without `id`. A
+                column that may be null can be left out; `kind` too, then they are images. Any others are extra columns,
+                as `indexes.tables.extras` takes them.
+            vectors: (N, D), of any length but zero.
+
+        Returns:
+            (N,) the ids of the new rows, in their order.
+
+        Raises:
+            VectorError: vectors have another width, or are zero, NaN or infinite.
+            ValueError, TypeError: a column is missing, there twice, of a wrong type, or null where it may not be; or
+                the numbers of rows and vectors differ.
+            ColumnError: an extra column has a name that is taken.
+            StoreError: they could not be written; then the last commit stands.
+
+        """
+        given = np.asanyarray(vectors)
+        check_width(given, self._snapshot.manifest.model.dim)
+        rows = check_columns(rows)
+        if len(rows) != len(given):
+            raise ValueError(f"{len(rows)} rows cannot have {len(given)} vectors")
+        self.commit()
+        ids = np.arange(self._next_id, self._next_id + len(rows), dtype=np.int64)
+
+        def slabs() -> Iterator[pa.Table]:
+            for i in range(0, len(rows), _SLAB):
+                slab = rows.slice(i, _SLAB)
+                halves = as_vectors(given[i : i + _SLAB], slab["path"].to_pylist()).astype(np.float16)
+                yield with_embeddings(slab.add_column(0, ID, pa.array(ids[i : i + _SLAB])), halves)
+
+        if len(ids):
+            with self._writing():
+                segment = self._write_segment(slabs(), extra_columns(rows.schema))
+                self._next_id += len(ids)  # before the swap: an interrupt after it must not give an id twice
+                self._swap(next_id=self._next_id, segments=(*self._snapshot.manifest.segments, segment))
+            self._compact()
+        return ids
 
     def remove(self, row_id: int) -> None:
         """Delete a row. Raises KeyError when there is none with this id, StoreError when a due commit failed."""
@@ -87,9 +138,9 @@ class Writer:
         Without a vector it keeps the stored one, bit for bit. Raises what `add` and `remove` do.
         """
         half = self._kept(row_id) if vector is None else self._half(row, vector)
-        encode_rows({row_id: row})  # refuse it before the old row is gone
+        encoded = self._encoded(row)  # refused before the old row is gone
         self._forget(row_id)
-        return self._put(row, half)
+        return self._put(encoded, half)
 
     def fail(self, failure: Failure) -> None:
         """Note a file that could not be read, in place of what was noted of it before."""
@@ -113,9 +164,12 @@ class Writer:
                 if self._new:
                     table = self._table()
                     segments = (*segments, self._write_segment([table], extra_columns(table.schema)))
-                dead = tuple(sorted({*manifest.tombstones, *self._dead}))
-                self._swap(next_id=self._next_id, segments=segments, tombstones=dead, failures=failures)
+                dead = joined(self._snapshot.dead, np.array(sorted(self._dead), dtype=np.int64))
+                self._swap(next_id=self._next_id, segments=segments, failures=failures, **self._deletions(dead))
             self._settle()
+            if manifest.deleted and manifest.deleted != self._snapshot.manifest.deleted:
+                with contextlib.suppress(OSError):  # else the next writer removes it
+                    (self._store.path / manifest.deleted.file).unlink(missing_ok=True)
             self._failures = {}
         self._since = None
         self._compact()
@@ -130,7 +184,7 @@ class Writer:
     def rebuild_index(self, wanted: Wanted, probes: Mapping[str, Vectors]) -> None:
         """Merge everything into one segment and build the FAISS file over it; see Store.rebuild_index."""
         self.commit()
-        if len(self._snapshot.segments) > 1 or self._snapshot.manifest.tombstones:
+        if len(self._snapshot.segments) > 1 or len(self._snapshot.dead):
             with self._writing():
                 self._merge(0)
         tuned = self._tuned(wanted, probes)
@@ -174,7 +228,8 @@ class Writer:
         return self._snapshot.stored(live[choice.evenly(len(live), count)])
 
     def _probe(self) -> dict[str, Vectors]:
-        return {choice.STORED: self._sample(choice.PROBES)}
+        kind = choice.STORED if self._snapshot.text_count else choice.IMAGE
+        return {kind: self._sample(choice.PROBES)}
 
     # ---- the buffer ------------------------------------------------------------------------------------------------
 
@@ -197,9 +252,12 @@ class Writer:
             raise KeyError(f"no row has the id {row_id}")
         return position
 
-    def _put(self, row: Row, half: NDArray[np.float16]) -> int:
+    def _encoded(self, row: Row) -> pa.Table:
+        """The row as it is to be written next: a wrong type is refused here, not with 99 other rows at a commit."""
+        return encode_rows({self._next_id: row})
+
+    def _put(self, row: pa.Table, half: NDArray[np.float16]) -> int:
         row_id = self._next_id
-        encode_rows({row_id: row})  # a wrong type is refused here, not at a commit that holds 99 other rows
         self._new[row_id] = _New(row, half)
         self._next_id += 1
         self._changed()
@@ -215,7 +273,7 @@ class Writer:
     def _changed(self) -> None:
         now = time.monotonic()
         self._since = self._since or now
-        if len(self._new) + len(self._dead) + len(self._failures) >= _BUFFERED or now - self._since >= _SECONDS:
+        if len(self._new) >= _BUFFERED or now - self._since >= _SECONDS:
             self.commit()
 
     # ---- the disk --------------------------------------------------------------------------------------------------
@@ -229,11 +287,15 @@ class Writer:
         self._store.refresh()
         written = self._snapshot.manifest.next_id
         self._new = {row_id: new for row_id, new in self._new.items() if row_id >= written}
-        self._dead = {row_id for row_id in self._dead if self._snapshot.position(row_id) is not None}
+        if self._dead:
+            dead = np.fromiter(self._dead, np.int64, len(self._dead))
+            self._dead = set(dead[np.isin(dead, self._snapshot.ids)].tolist())
 
     def _table(self) -> pa.Table:
-        rows = encode_rows({row_id: new.row for row_id, new in self._new.items()})
-        return with_embeddings(rows, np.stack([new.half for new in self._new.values()]))
+        rows = [new.row for new in self._new.values()]
+        extra = unified(extra_columns(row.schema) for row in rows)
+        table = pa.concat_tables([with_columns(row, extra) for row in rows]).combine_chunks()
+        return with_embeddings(table, np.stack([new.half for new in self._new.values()]))
 
     def _write_segment(self, tables: Iterable[pa.Table], extra: pa.Schema) -> SegmentRef:
         manifest = self._snapshot.manifest
@@ -246,6 +308,18 @@ class Writer:
         left = [failure for failure in {**known, **self._failures}.values() if failure is not None]
         write_failures(file, left)
         return len(left)
+
+    def _deletions(self, dead: NDArray[np.int64]) -> dict[str, Any]:
+        """What the next manifest says of the deleted rows: few by id; many in a file, rewritten for the next 1,000."""
+        manifest, known = self._snapshot.manifest, self._snapshot.filed
+        recent = np.setdiff1d(dead, known, assume_unique=True)
+        deleted = manifest.deleted
+        if len(recent) + len(known) > len(dead):  # some of the file's rows are gone for good
+            recent, deleted = dead, None
+        if len(recent) > _TOMBSTONES:
+            name = f"deleted-{manifest.generation + 1:08d}.parquet"
+            recent, deleted = dead[:0], write_deleted(self._store.path / name, dead)
+        return {"tombstones": tuple(recent.tolist()), "deleted": deleted}
 
     def _swap(self, **changes: Any) -> None:
         """Make the next state true."""
@@ -264,32 +338,36 @@ class Writer:
         covered = manifest.ann.segments if manifest.ann else 0
         counts = [segment.rows for segment in manifest.segments]
         first: int | None = None
-        if len(manifest.tombstones) > max(_TOMBSTONES, manifest.stored // 4):
+        if len(self._snapshot.dead) > max(_TOMBSTONES, manifest.stored // 4):
             first = 0
         elif len(counts) - covered > _SEGMENTS:
             first = next((i for i in range(covered, len(counts)) if counts[i] < sum(counts[i + 1 :])), None)
-        if first is not None:
-            with contextlib.suppress(OSError):  # a full disk: every row is committed, tidying up can wait
+        if first is not None and self._room:
+            try:
                 self._merge(first)
+            except OSError:  # a full disk: every row is committed, tidying up can wait
+                self._room = False
 
     def _merge(self, first: int) -> None:
         """Rewrite the segments from one on as one, without the deleted rows."""
         snapshot, manifest = self._snapshot, self._snapshot.manifest
-        dead = np.array(manifest.tombstones, dtype=np.int64)
+        dead = snapshot.dead
 
         def living() -> Iterator[pa.Table]:
             for segment in snapshot.segments[first:]:
                 for i in range(len(segment.group_starts) - 1):
+                    ids = segment.ids[segment.group_starts[i] : segment.group_starts[i + 1]]
+                    gone = dead[np.searchsorted(dead, ids[0]) : np.searchsorted(dead, ids[-1], side="right")]
                     table = segment.group(i)
-                    yield table.filter(pa.array(~np.isin(table["id"].to_numpy(), dead)))
+                    yield table.filter(pa.array(~np.isin(ids, gone))) if len(gone) else table
 
         merged = self._write_segment(living(), unified(segment.extra for segment in snapshot.segments[first:]))
-        begin = snapshot.slot_ids[sum(segment.rows for segment in snapshot.segments[:first])]
+        begin = snapshot.segments[first].ids[0]
         ann = manifest.ann
         self._swap(
             segments=manifest.segments[:first] + ((merged,) if merged.rows else ()),
-            tombstones=tuple(int(row_id) for row_id in dead[dead < begin]),
             ann=None if ann and ann.segments > first else ann,  # what it covers is gone; `wanted` says what to build
+            **self._deletions(dead[dead < begin]),
         )
         remove_leftovers(self._store.path, self._snapshot.manifest)
 

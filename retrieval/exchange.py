@@ -16,7 +16,7 @@ from retrieval.bundle import Bundle
 from retrieval.encoders import Encoder, find_bundle, lasting_spec, load_encoder
 from retrieval.errors import ImageError, MissingExtra, ModelError, UsageError
 from retrieval.images import read_header, read_photo
-from retrieval.library import place_for
+from retrieval.library import Library, place_for
 from retrieval.sources import store_beside
 
 _SAMPLE = 8  # pictures, and texts, that are encoded again
@@ -121,6 +121,7 @@ def import_vectors(
         check=check,
         progress=progress,
     )
+    Library(Store.open(path), encoder, **loading).build_stale_index()
     return ImportReport(path, root, made, rows, agreement)
 
 

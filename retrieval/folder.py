@@ -5,10 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from indexes.segments import ESCAPE
 from retrieval.errors import UsageError
 from retrieval.images import IMAGE_SUFFIXES, os_reason
 
@@ -27,9 +33,27 @@ class ScannedFile:
 
 
 @dataclass(frozen=True)
+class ScannedFiles:
+    """Pictures as columns, one entry a file, in no particular order."""
+
+    paths: pa.LargeBinaryArray  # as `indexes.segments.exact_names`: ScannedFile.path as bytes
+    sizes: NDArray[np.int64]
+    mtimes_ns: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def take(self, which: NDArray[np.int64]) -> list[ScannedFile]:
+        """Some of them as objects, in the order in which `scan` comes to them."""
+        paths = [path.decode("utf-8", ESCAPE) for path in self.paths.take(pa.array(which)).to_pylist()]
+        files = map(ScannedFile, paths, self.sizes[which].tolist(), self.mtimes_ns[which].tolist())
+        return sorted(files, key=lambda file: file.path.split("/"))
+
+
+@dataclass(frozen=True)
 class _Folder:
     path: str  # as ScannedFile.path; "" is the root
-    real: Path  # absolute, links resolved
+    real: str  # absolute, links resolved
     linked: bool = False  # reached through a link, its own or one above
 
 
@@ -57,14 +81,47 @@ def scan(root: Path, below: str = "", on_error: Callable[[str, str], None] | Non
         if isinstance(item, ScannedFile):
             yield item
         elif walk.is_new(item):
-            waiting.extend(reversed(walk.children(item)))
+            folders, names, sizes, mtimes_ns = walk.look_into(item)
+            files = map(ScannedFile, (_join(item, name) for name in names), sizes, mtimes_ns)
+            waiting += sorted([*folders, *files], key=lambda child: child.path, reverse=True)
+
+
+def scan_columns(root: Path, below: str = "", on_error: Callable[[str, str], None] | None = None) -> ScannedFiles:
+    """Find what `scan` finds, as columns, and no Python object is kept for a file: about 3 microseconds each."""
+    walk = _Walk(root, on_error)
+    start = walk.enter(below)
+    waiting = [start] if start else []
+    paths: list[bytes] = []  # those of a folder in one piece, each ended by a zero, which no name holds
+    sizes, mtimes_ns = array("q"), array("q")
+    while waiting:
+        folder = waiting.pop()
+        if not walk.is_new(folder):
+            continue
+        folders, names, *numbers = walk.look_into(folder)
+        waiting += sorted(folders, key=lambda child: child.path, reverse=True)
+        if names:
+            before = f"{folder.path}/" if folder.path else ""
+            paths.append(f"{before}{f'{chr(0)}{before}'.join(names)}\0".encode("utf-8", ESCAPE))
+            sizes.extend(numbers[0])
+            mtimes_ns.extend(numbers[1])
+    return ScannedFiles(_split(b"".join(paths)), np.array(sizes, np.int64), np.array(mtimes_ns, np.int64))
+
+
+def _split(joined: bytes) -> pa.LargeBinaryArray:
+    """Cut at the zero behind each part, without an object for any."""
+    given = np.frombuffer(joined, np.uint8)
+    ends = np.flatnonzero(given == 0)
+    offsets = np.append(0, ends - np.arange(len(ends)))  # once the zeros are out
+    return pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(ends), [None, pa.py_buffer(offsets), pa.py_buffer(given[given != 0].tobytes())]
+    )
 
 
 class _Walk:
     def __init__(self, root: Path, on_error: Callable[[str, str], None] | None) -> None:
         self.root, self.on_error = root, on_error
         self.real_root = Path(os.path.realpath(root))
-        self.followed: set[Path] = set()  # real paths, and not inode numbers, which some network drives make up
+        self.followed: set[str] = set()  # real paths, and not inode numbers, which some network drives make up
 
     def enter(self, below: str) -> _Folder | None:
         """Find the folder to begin with; None if a walk from the root would not come there."""
@@ -72,13 +129,13 @@ class _Walk:
             os.scandir(self.real_root).close()
         except OSError as error:
             self.refused("", error)
-        folder = _Folder("", self.real_root)
+        folder = _Folder("", str(self.real_root))
         for name in below.split("/"):
             if name in ("", "."):
                 continue
-            place = folder.real / name
+            place = Path(folder.real, name)
             try:
-                inner = self.folder(folder, name, place.is_symlink()) if place.is_dir() else None
+                inner = self.folder(folder, name, str(place), place.is_symlink()) if place.is_dir() else None
             except OSError as error:
                 self.refused(_join(folder, name), error)
                 return None
@@ -95,48 +152,49 @@ class _Walk:
             self.followed.add(folder.real)
         return True
 
-    def children(self, folder: _Folder) -> list[ScannedFile | _Folder]:
-        """List what is to be visited in a folder, sorted by name."""
+    def look_into(self, folder: _Folder) -> tuple[list[_Folder], list[str], list[int], list[int]]:
+        """The folders to visit in a folder, and its pictures' names, sizes and times; in no particular order."""
+        folders: list[_Folder] = []
+        names: list[str] = []
+        sizes: list[int] = []
+        mtimes_ns: list[int] = []
         try:
             with os.scandir(folder.real) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name)
+                entries = list(listing)
         except OSError as error:
             self.refused(folder.path, error)
-            return []
-        children: list[ScannedFile | _Folder] = []
-        for entry in entries:
-            if _left_out(entry.name):
+            entries = []
+        for entry in entries:  # some microseconds for each file, most of them in stat(): no function calls in between
+            name = entry.name
+            if name.startswith(".") or name in _CLUTTER:
                 continue
             try:
-                child = (
-                    self.folder(folder, entry.name, entry.is_symlink()) if entry.is_dir() else self.file(folder, entry)
-                )
+                if entry.is_dir():
+                    inner = self.folder(folder, name, entry.path, entry.is_symlink())
+                    if inner:
+                        folders.append(inner)
+                elif name.lower().endswith(_SUFFIXES):
+                    info = entry.stat()
+                    if stat.S_ISREG(info.st_mode) and not (entry.is_symlink() and self.met_as_file(entry)):
+                        names.append(name)
+                        sizes.append(info.st_size)
+                        mtimes_ns.append(info.st_mtime_ns)
             except OSError as error:
-                self.refused(_join(folder, entry.name), error)
-                continue
-            if child:
-                children.append(child)
-        return children
+                self.refused(_join(folder, name), error)
+        return folders, names, sizes, mtimes_ns
 
-    def folder(self, parent: _Folder, name: str, is_link: bool) -> _Folder | None:
-        real = parent.real / name
+    def folder(self, parent: _Folder, name: str, real: str, is_link: bool) -> _Folder | None:
         if is_link:
-            real = Path(os.path.realpath(real))
-            if self.met_anyway(real) or self.real_root.is_relative_to(real):
+            real = os.path.realpath(real)
+            place = Path(real)
+            if self.met_anyway(place) or self.real_root.is_relative_to(place):
                 return None
         return _Folder(_join(parent, name), real, parent.linked or is_link)
 
-    def file(self, parent: _Folder, entry: os.DirEntry[str]) -> ScannedFile | None:
-        if not _is_picture(entry.name):
-            return None
-        info = entry.stat()
-        if not stat.S_ISREG(info.st_mode):
-            return None
-        if entry.is_symlink():
-            real = Path(os.path.realpath(entry))
-            if _is_picture(real.name) and self.met_anyway(real):
-                return None
-        return ScannedFile(_join(parent, entry.name), info.st_size, info.st_mtime_ns)
+    def met_as_file(self, link: os.DirEntry[str]) -> bool:
+        """Whether the walk comes to what a link to a file leads to without it."""
+        real = Path(os.path.realpath(link))
+        return _is_picture(real.name) and self.met_anyway(real)
 
     def met_anyway(self, real: Path) -> bool:
         """Whether the walk comes to a place without following a link: in the root, by no name that is left out."""

@@ -10,12 +10,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 from PIL import Image
 
+from indexes.segments import ESCAPE, exact_names
 from indexes.store import Failure, Row, SourceRef, Writer
 from indexes.vectors import Vectors
 from retrieval.errors import ImageError, UsageError
-from retrieval.folder import ScannedFile, scan
+from retrieval.folder import ScannedFile, scan_columns
 from retrieval.images import MAX_BYTES, Photo, os_reason, read_photo
 from retrieval.pairs import Picture
 from retrieval.pipeline import map_ahead
@@ -121,7 +125,12 @@ class _Read:
 
 
 def make_plan(library: Library, below: str) -> Plan:
-    """Look at names, sizes and times of a folder, and set them against the store. Raises UsageError."""
+    """Look at names, sizes and times of a folder, and set them against the store. Raises UsageError.
+
+    Files and rows are compared as columns: objects are made only of files that are new, changed, missing or bad.
+    """
+    import pyarrow.compute as pc
+
     folder = library.root / below
     if not folder.is_dir():
         raise UsageError(f"the indexed folder {folder} is not there: is a drive not mounted?")
@@ -131,34 +140,57 @@ def make_plan(library: Library, below: str) -> Plan:
     def unreadable(path: str, reason: str) -> None:
         plan.unreadable.append(Failure(path, reason, datetime.now(timezone.utc), 0, 0))
 
-    rows = library.store.rows()
-    columns = (rows[name].to_pylist() for name in ("id", "size", "mtime_ns", "hash"))
-    kinds = rows["kind"].to_pylist()  # texts, which an import may bring, name pictures and are no files
-    pictures = zip(library.store.paths(), kinds, zip(*columns, strict=True), strict=True)
-    stored = {path: row for path, kind, row in pictures if kind != "text"}
+    files = scan_columns(library.root, below, on_error=unreadable)
+    stored = library.store.columns("id", "path", "path_bytes", "size", "mtime_ns")
+    pictures = ~library.store.texts()  # texts, which an import may bring, name pictures and are no files
+    names = exact_names(stored)
+    file_of = pc.fill_null(pc.index_in(names, value_set=files.paths), -1).to_numpy()  # each row's file, -1 is none
+    file_of = np.where(pictures, file_of, -1)
+    row_of = np.full(len(files), -1)  # and each file's row
+    row_of[file_of[file_of >= 0]] = np.flatnonzero(file_of >= 0)
+    known = np.flatnonzero(row_of >= 0)
+    unchanged = np.zeros(len(files), dtype=np.bool_)
+    unchanged[known] = (stored["size"].to_numpy()[row_of[known]] == files.sizes[known]) & (
+        stored["mtime_ns"].to_numpy()[row_of[known]] == files.mtimes_ns[known]
+    )
+    plan.unchanged = int(unchanged.sum())
+
     failed = {failure.path: failure for failure in library.store.failures()}
-    seen: set[str] = set()
-    for file in scan(library.root, below, on_error=unreadable):
-        seen.add(file.path)
-        if file.path in stored:
-            row_id, size, mtime_ns, content = stored[file.path]
-            if (size, mtime_ns) == (file.size, file.mtime_ns):
-                plan.unchanged += 1
-                continue
-            plan.known[file.path] = (row_id, content)
-        elif file.path in failed and _same_file(failed[file.path], file):
-            continue
-        plan.todo.append(file)
     refused = {failure.path for failure in plan.unreadable}  # what lies in there is not gone, only unseen
     closed = tuple(path + "/" for path in refused)
     scope = below + "/" if below else ""
 
-    def gone(path: str) -> bool:
-        return path.startswith(scope) and path not in seen and path not in refused and not path.startswith(closed)
+    def seen(path: str) -> bool:
+        return path not in refused and not path.startswith(closed)
 
-    plan.missing = {path: (row[0], row[3]) for path, row in stored.items() if gone(path)}
-    plan.forgotten = [path for path in failed if gone(path)]
+    unmatched = pictures & (file_of < 0)
+    if scope:
+        unmatched &= pc.starts_with(names, scope.encode("utf-8", ESCAPE)).to_numpy()
+    changed = row_of[known[~unchanged[known]]]
+    before = _identities(library, names, np.concatenate([changed, np.flatnonzero(unmatched)]))
+    plan.known = dict(before[: len(changed)])
+    plan.missing = {path: row for path, row in before[len(changed) :] if seen(path)}
+    plan.todo = [
+        file
+        for file in files.take(np.flatnonzero(~unchanged))
+        if file.path in plan.known or file.path not in failed or not _same_file(failed[file.path], file)
+    ]
+    if failed:
+        gone = [path for path in failed if path.startswith(scope) and seen(path)]
+        wanted = pa.array([path.encode("utf-8", ESCAPE) for path in gone], pa.large_binary())
+        there = pc.is_in(wanted, value_set=files.paths).to_pylist()
+        plan.forgotten = [path for path, is_there in zip(gone, there, strict=True) if not is_there]
     return plan
+
+
+def _identities(library: Library, names: pa.ChunkedArray, rows: NDArray[np.int64]) -> list[tuple[str, tuple[int, str]]]:
+    """(path, (id, hash)) of some rows of the store."""
+    if not len(rows):
+        return []
+    which = pa.array(rows)
+    columns = library.store.columns("id", "hash").take(which)
+    paths = (name.decode("utf-8", ESCAPE) for name in names.take(which).to_pylist())
+    return list(zip(paths, zip(columns["id"].to_pylist(), columns["hash"].to_pylist(), strict=True), strict=True))
 
 
 class Run:

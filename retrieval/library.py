@@ -35,9 +35,10 @@ from retrieval.probes import probes
 from retrieval.sources import LIST, OFFSET, TEXTS, named, open_source, recognise, store_beside
 
 _NOT_SHOWN = {"mtime_ns", "hash", "latitude", "longitude"}  # columns that no match has
+_HIDDEN = frozenset({*ROW_SCHEMA.names, OFFSET})  # of a match's columns: they have names of their own, or none
 STORE_NAME = ".diptych"
 _MAX_WEIGHT = 1000  # beside it, nothing else in the query counts
-QUICK_SCAN = 50_000  # pictures; looking through a folder costs about 10 microseconds a file
+QUICK_SCAN = 100_000  # pictures; looking through a folder costs about 5 microseconds a file
 QUICK_FILES = 50  # embedding one costs tens of milliseconds
 
 
@@ -217,7 +218,7 @@ class Library:
 
     def counts(self) -> dict[str, int]:
         """How many pictures and how many sentences the index holds."""
-        texts = int(self.store.texts().sum())
+        texts = self.store.snapshot.text_count
         return {"pictures": len(self.store) - texts, "texts": texts}
 
     def below(self, folder: Path) -> str:
@@ -288,9 +289,8 @@ class Library:
             report = Run(self, writer, plan, max_pixels, progress).finish()
         if wanted is not None and wanted != self.store.wanted:
             self.build_index(wanted)
-        elif self.store.index_is_stale():
-            with contextlib.suppress(VectorError):  # too few rows are left for a kind wanted once: search stays exact
-                self.build_index()
+        else:
+            self.build_stale_index()
         failures = tuple(f for f in self.store.failures() if not below or f.path.startswith(below + "/"))
         return IndexReport(**report, skipped=plan.unchanged, failures=failures)
 
@@ -307,6 +307,12 @@ class Library:
         except DiptychError:  # vectors from elsewhere, whose model is not at hand: stored rows alone are searched with
             queries = {}
         self.store.rebuild_index(wanted, queries)
+
+    def build_stale_index(self) -> None:
+        """Build the FAISS index where rows have outgrown it; `index` does this at its end."""
+        if self.store.index_is_stale():
+            with contextlib.suppress(VectorError):  # too few rows are left for a kind wanted once: search stays exact
+                self.build_index()
 
     def check(self) -> list[str]:
         """Recompute every checksum of the index, and its model's fingerprint; a line for each thing that is wrong."""
@@ -325,7 +331,7 @@ class Library:
 
     def search(
         self,
-        query: str | Sequence[Term],
+        query: str | Sequence[Term] | NDArray[np.floating[Any]],
         k: int = 10,
         *,
         below: str = "",
@@ -338,7 +344,8 @@ class Library:
         They are fewer only if fewer qualify: see ``qualified`` of the result.
 
         Args:
-            query: a sentence, or terms whose weighted sum is searched.
+            query: a sentence, or terms whose weighted sum is searched, or a vector (D,) of the index's model, of any
+                length but zero.
             k: how many.
             below: only pictures in this folder, relative to the root.
             where: only pictures that a filter leaves: a pyarrow expression over the columns of the rows and those of
@@ -348,13 +355,15 @@ class Library:
 
         Raises:
             FilterError: the filter names a column that is not there, compares different types, or cannot be read.
+            VectorError: the vector has another width, or is zero, NaN or infinite.
         """
         if kind not in (None, "image", "text"):
             raise ValueError(f"kind is image or text, not {kind!r}")
-        terms = [Term.parse(query)] if isinstance(query, str) else list(query)
+        if not isinstance(query, np.ndarray):
+            query = [Term.parse(query)] if isinstance(query, str) else list(query)
         mask = self._mask(below, where, kind)
-        vector = self.query_vector(terms)
-        qualified = len(self.store) if mask is None else int(mask.sum())
+        vector = query if isinstance(query, np.ndarray) else self.query_vector(query)
+        qualified = len(self.store) if mask is None else int(np.count_nonzero(mask))
         if k < 1 or not qualified:
             return Matches(qualified=qualified)
         hits = self.store.search(vector[None, :], k, mask)
@@ -371,21 +380,20 @@ class Library:
 
     def _mask(self, below: str, where: filters.Condition | str | None, kind: str | None) -> NDArray[np.bool_] | None:
         """Which rows may be found; None: all. Sentences lie in no folder."""
-        texts = self.store.texts()
-        sought = kind or ("text" if len(texts) and texts.all() else "image")
+        counts = self.counts()
+        sought = kind or ("text" if counts["texts"] and not counts["pictures"] else "image")
         inside = filters.below(below) if sought == "image" else None
         allowed = [self.store.mask(part) for part in (inside, where) if part is not None]
-        of_kind = texts == (sought == "text")
-        if not of_kind.all():
-            allowed.append(of_kind)
+        if counts["pictures" if sought == "text" else "texts"]:
+            allowed.append(self.store.texts() == (sought == "text"))
         return np.logical_and.reduce(allowed) if allowed else None
 
     def _match(self, source: Source, path: str, score: float, fields: Mapping[str, Any]) -> Match:
         own = {name: fields[name] for name in ("width", "height", "taken_at", "id", "kind", "caption")}
-        hidden = {*ROW_SCHEMA.names, OFFSET}
-        columns = {name: value for name, value in fields.items() if name not in hidden and value is not None}
+        columns = {name: value for name, value in fields.items() if name not in _HIDDEN and value is not None}
         picture = source.picture(path, fields) if fields["kind"] == "image" else None
-        return Match(path, score, self.root / path if path else self.place, **own, columns=columns, picture=picture)
+        file = picture if isinstance(picture, Path) else self.root / path if path else self.place
+        return Match(path, score, file, **own, columns=columns, picture=picture)
 
     def duplicates(
         self,

@@ -85,7 +85,7 @@ def test_a_kind_that_looks_at_enough_is_exact(store, kind):
         assert store.ann is None
     else:
         assert store.ann.factory == kind
-        assert store.ann.measured.recall == {"text": 1.0, "stored": 1.0}
+        assert store.ann.measured.recall == {"text": 1.0, "image": 1.0}
         assert store.snapshot.covered == 1200
     store = Store.open(store.path)
     for k in (1, 10):
@@ -179,7 +179,7 @@ def test_a_store_that_grows_chooses_for_itself(store, monkeypatch):
     store.rebuild_index(probes={"text": queries})
     assert not store.index_is_stale()
     ann = Store.open(store.path).ann
-    assert (ann.factory, ann.rows, ann.measured.queries) == ("RaBitQfs", 1300, {"text": 60, "stored": 300})
+    assert (ann.factory, ann.rows, ann.measured.queries) == ("RaBitQfs", 1300, {"text": 60, "image": 300})
     assert ann.measured.bytes == (store.path / "vectors.faiss").stat().st_size < 1300 * 2 * DIM
     # The recall that is written down is the one a search has: counted here the slow way.
     best = brute(store.vectors(), queries, 10)

@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from indexes import segments
 from indexes.errors import ModelMismatch, StoreCorrupt, StoreError, StoreLocked, StoreNotFound, VectorError
 from indexes.manifest import Manifest
+from indexes.segments import unit_rows
 from indexes.store import Failure, ModelRef, Row, SourceRef, Store
 from indexes.vectors import as_vectors
 from tests.indexes.test_vectors import assert_same, brute
@@ -693,8 +695,8 @@ def test_damaged_manifest(store, edit):
 
 def test_manifest_of_a_newer_release(store):
     file = store.path / "manifest.json"
-    file.write_text(json.dumps({"format": 2, "anything": "else"}))
-    with pytest.raises(StoreError, match="format 2, and this release reads up to 1: upgrade diptych"):
+    file.write_text(json.dumps({"format": 3, "anything": "else"}))
+    with pytest.raises(StoreError, match="format 3, and this release reads up to 2: upgrade diptych"):
         Store.open(store.path)
 
 
@@ -751,3 +753,20 @@ def test_damaged_failures(store):
     assert any("failures.parquet" in line for line in store.check())
     file.unlink()
     assert store.failures() == []
+
+
+def test_halves_are_widened_as_numpy_does_it():
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)]
+    assert np.array_equal(segments.widened(finite).view(np.uint32), finite.astype(np.float32).view(np.uint32))
+    assert (np.abs(segments.widened(every[~np.isfinite(every)])) >= 65_536).all()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf, 0])
+def test_a_stored_vector_that_is_none_is_damage(wrong):
+    halves = unit(5).astype(np.float16)
+    assert unit_rows(halves, Path("some.parquet")) == pytest.approx(unit(5), abs=1e-3)
+    halves[3, :] = 0
+    halves[3, 2] = wrong
+    with pytest.raises(StoreCorrupt, match=r"some\.parquet"):
+        unit_rows(halves, Path("some.parquet"))

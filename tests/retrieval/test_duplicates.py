@@ -22,7 +22,7 @@ from tests.fakes import ColourEncoder
 from tests.odd_photos import real_photos
 
 
-def pattern(seed: int, size=(120, 80)) -> Image.Image:
+def pattern(seed: int, size=(128, 96)) -> Image.Image:
     """A blurred pattern around a middle grey: pictures that differ but have one mean colour, so one vector."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 9, 3), np.uint8)
     pixels = np.asarray(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC), np.float64)
@@ -47,8 +47,8 @@ def folder(tmp_path):
     pattern(1).save(root / "a.png")
     shutil.copyfile(root / "a.png", root / "sub" / "a copy.png")
     pattern(1).save(root / "a.jpg", quality=90)
-    pattern(1).resize((60, 40)).save(root / "sub" / "small.png")
-    pattern(1).transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((240, 160), Image.Resampling.NEAREST).save(
+    pattern(1).resize((64, 48)).save(root / "sub" / "small.png")
+    pattern(1).transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((256, 192), Image.Resampling.NEAREST).save(
         root / "b.png"
     )
     Image.new("RGB", (300, 200), (255, 0, 0)).save(root / "red.png")

@@ -247,3 +247,10 @@ def test_an_import_is_refused_before_a_model_is_loaded(folder, foreign, library)
     (foreign / "img_emb" / "img_emb_0.npy").write_bytes(b"")
     with pytest.raises(ExchangeError, match=r"is no \.npy file"):
         import_vectors(foreign, root=folder, index=folder / "b", model="no such model")
+
+
+def test_a_large_import_gets_its_faiss_index(folder, foreign, monkeypatch):
+    monkeypatch.setattr("indexes.choice._EXACT_ROWS", 1)
+    monkeypatch.setattr("indexes.store._STALE_ROWS", 1)
+    import_vectors(foreign, root=folder, encoder=ColourEncoder())
+    assert Library.open(folder).store.ann.factory == "RaBitQfs"

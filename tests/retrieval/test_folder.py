@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 
 from retrieval import folder as module
 from retrieval.errors import UsageError
-from retrieval.folder import ScannedFile, scan
+from retrieval.folder import ScannedFile, scan, scan_columns
 from retrieval.images import IMAGE_SUFFIXES
 from tests.odd_photos import make_odd_folder
 
@@ -24,7 +25,11 @@ def touch(root, *names):
 
 
 def paths(root, below="", **options):
-    return [file.path for file in scan(root, below, **options)]
+    """What is found, both ways: file by file, and as columns."""
+    found = list(scan(root, below, **options))
+    columns = scan_columns(root, below, **dict.fromkeys(options, lambda *_: None))
+    assert columns.take(np.arange(len(columns))) == found
+    return [file.path for file in found]
 
 
 def test_the_odd_folder(tmp_path):
@@ -108,6 +113,14 @@ def test_relative_root(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert paths(Path()) == ["a/b.jpg"]
     assert paths(Path("a")) == ["b.jpg"]
+
+
+def test_names_that_are_no_text(tmp_path):
+    """Names that begin like each other, that end in what separates them elsewhere, and that are not UTF-8."""
+    names = ["a.jpg", "a.jpg.jpg", os.fsdecode(b"\xff.jpg"), "ä.jpg", "a\u0308.jpg", "a\nb.jpg", "a\\.jpg"]
+    expected = [f"{folder}/{name}" for folder in (os.fsdecode(b"d\xe9"), "d", "d d", "d/e.jpg") for name in names]
+    touch(tmp_path, *expected)
+    assert sorted(paths(tmp_path)) == sorted(expected)
 
 
 # --- Links ---
@@ -212,6 +225,7 @@ def test_what_is_refused_is_reported_and_the_rest_is_found():
         touch(root, "a/1.jpg", "b/2.jpg", "c/d/3.jpg", "e.jpg", "f.jpg/4.jpg")
         (root / "b").chmod(0o311)  # may be entered but not listed
         (root / "c").chmod(0o644)  # may be listed, but nothing in it looked at
+        paths(root, on_error=lambda *_: None)  # imports what is imported late: the other user may not read it
         refused = []
         with unprivileged(root):
             found = paths(root, on_error=lambda *refusal: refused.append(refusal))
@@ -220,6 +234,11 @@ def test_what_is_refused_is_reported_and_the_rest_is_found():
                 paths(root)
             with pytest.raises(UsageError, match=r"/b: no permission to read it$"):
                 paths(root / "b", on_error=pytest.fail)
+            with pytest.raises(UsageError, match=r"/b: no permission to read it$"):
+                scan_columns(root)
+            again = []
+            scan_columns(root, on_error=lambda *refusal: again.append(refusal))
+            assert again == refused[:2]
     assert (found, below) == (["a/1.jpg", "e.jpg", "f.jpg/4.jpg"], [])
     assert refused == [(path, "no permission to read it") for path in ("b", "c/d", "c/d")]
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from indexes import filters
-from indexes.errors import FilterError, ModelMismatch, StoreNotFound
+from indexes.errors import FilterError, ModelMismatch, StoreNotFound, VectorError
 from retrieval.errors import ImageError, UsageError
 from retrieval.library import Library, Term, find_store
 from tests.fakes import COLOURS, ColourEncoder
@@ -159,7 +159,17 @@ def test_filters_that_cannot_be_applied_say_so_before_the_model_is_loaded(folder
     assert (empty, empty.qualified) == ([], 0)
 
 
-def test_a_search_reads_no_more_of_the_rows_than_it_needs(dated):
+def test_a_vector_finds_what_its_sentence_finds(library):
+    vector = library.query_vector([Term("red")])
+    assert library.search(3 * vector.astype(np.float64), k=4) == library.search("red", k=4)
+    assert library.search(-vector, k=4)[0].score == library.search([Term("red", weight=-1)], k=1)[0].score
+    for wrong in (vector[:2], vector[None], 0 * vector, vector * np.nan):
+        with pytest.raises(VectorError):
+            library.search(wrong)
+
+
+def test_a_search_reads_no_more_of_the_rows_than_it_needs(dated, monkeypatch):
+    monkeypatch.setattr("indexes.snapshot._FEW", 1)  # of some thousands of rows, those found; here all are in one group
     fresh = Library.open(dated.root, encoder=ColourEncoder())
     fresh.search("red", where="width > 20")
     assert not {"rows", "paths"} & set(fresh.store.snapshot.__dict__)

@@ -731,6 +731,6 @@ def test_a_list_with_a_line_that_names_no_picture(pictures):
 
 
 def test_a_match_is_the_same_wherever_its_picture_is_read_from():
-    plain = Match("a", 0.5, Path("a"), None, None, None)
-    assert plain == Match("a", 0.5, Path("a"), None, None, None, picture=Path("b"))
-    assert len({plain, Match("a", 0.5, Path("a"), None, None, None, columns={"n": 1})}) == 2
+    plain = Match("a", 0.5, Path("a"), None, None, None, 0)
+    assert plain == Match("a", 0.5, Path("a"), None, None, None, 0, picture=Path("b"))
+    assert len({plain, Match("a", 0.5, Path("a"), None, None, None, 0, columns={"n": 1})}) == 2
