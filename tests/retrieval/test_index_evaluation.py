@@ -94,7 +94,7 @@ def test_a_lossy_kind_against_a_slow_count(kind):
     assert scores.recall == pytest.approx(found / 9000, abs=1e-12)
     assert 0.8 < scores.recall < 1
     assert {k: scores.metrics[f"t2i_hit@{k}"] for k in hits} == pytest.approx({k: n / 900 for k, n in hits.items()})
-    assert set(scores.tuned) == {"text", choice.STORED}
+    assert set(scores.tuned) == {"text", "image"}
 
 
 def test_bytes_are_those_of_the_file(tmp_path):
@@ -197,7 +197,7 @@ def test_both_directions_of_an_evaluation(records, merge):
     fields = result.to_json()["indexes"]
     assert [field["direction"] for field in fields] == ["t2i"] * 3 + ["i2t"] * 3
     assert fields[1]["metrics"]["t2i_hit@15"] == result.metrics["t2i_hit@15"]
-    assert set(fields[1]["tuned"]) == {"text", "stored"}
+    assert [set(fields[i]["tuned"]) for i in (1, 4)] == [{"text", "image"}, {"text", "stored"}]
 
 
 def test_without_a_kind_nothing_is_said_of_indexes(records):
@@ -223,8 +223,8 @@ def test_it_is_tuned_on_everyday_queries_and_stored_rows_alone(records, monkeypa
     monkeypatch.setattr(choice, "tune", noted)
     result = evaluate(Numbers(), records, Settings(indexes=("SQ8",), cached=False))
     galleries = (result.details.image_vectors, result.details.text_vectors)
-    for probes, gallery in zip(tuned_on, galleries, strict=True):
-        assert list(probes) == ["text", "stored"]
+    for probes, gallery, stored in zip(tuned_on, galleries, ("image", "stored"), strict=True):
+        assert list(probes) == ["text", stored]
         np.testing.assert_array_equal(probes["text"], Numbers().encode_texts(everyday_queries()))
-        assert {row.tobytes() for row in probes["stored"]} <= {row.tobytes() for row in gallery}
+        assert {row.tobytes() for row in probes[stored]} <= {row.tobytes() for row in gallery}
     assert evaluate_retrieval(*galleries, result.details.owner)["t2i_hit@1"] == result.indexes[0].metrics["t2i_hit@1"]
