@@ -90,6 +90,9 @@ def make(folder: Path, files: int, folders: int) -> None:
     store = Store.create(folder / ".diptych", None, ModelRef("random", "00", DIM))
     with store.write() as writer:
         ids = writer.add_many(pa.table(rows), random.standard_normal((len(rows["path"]), DIM), dtype=np.float32))
+    if store.index_is_stale():  # as after a first run
+        store.rebuild_index()
+    with store.write() as writer:
         for row_id in ids[len(found) :].tolist():
             writer.remove(row_id)
 

@@ -20,7 +20,7 @@ from indexes.manifest import Measured, Wanted
 from indexes.vectors import Hits, VectorIndex, Vectors, cosines
 
 EXACT = "exact"  # no FAISS file at all
-STORED = "stored"  # the kind of query that is a stored vector
+IMAGE, STORED = "image", "stored"  # kinds of queries: stored vectors, of pictures alone or of what there is
 K = 10  # the recall that is measured is that of the ten nearest rows
 _EXACT_ROWS = 20_000  # up to here exact search takes a few milliseconds
 _LISTS_ROWS = 300_000  # from here on inverted lists pay for their k-means
@@ -47,8 +47,9 @@ def kinds(rows: int, dim: int, wanted: Wanted) -> list[str]:
     if rows >= _LISTS_ROWS:
         found.append((f"IVF{lists},RaBitQfs", rabitq + 16 + 4 * dim * lists / rows))
     found.append(("RaBitQfs", rabitq))
-    # Product quantisers of four bits, for those who have even less memory to give.
-    found += [(f"PQ{dim // n}x4fs", dim / n / 2) for n in (4, 8, 16) if dim % n == 0 and dim // n % 2 == 0]
+    found.append(("SQfp16", 2 * dim))  # slow, but it misses nothing: for vectors that no code of a bit tells apart
+    if rabitq * rows > wanted.memory:  # product quantisers of four bits take even less, and find less
+        found = [(f"PQ{dim // n}x4fs", dim / n / 2) for n in (4, 8, 16) if dim % n == 0 and dim // n % 2 == 0]
     return [kind for kind, size in found if size * rows <= wanted.memory]
 
 

@@ -300,15 +300,10 @@ class Segment:
         """Open and map the file. Raises OSError."""
         self.file, self.rows, self._dim = file, rows, dim
         self._stream = pa.OSFile(os.fsencode(file))  # bytes: Arrow takes no names with surrogate escapes
-        self._opened = file.open("rb")
-        self._size = os.fstat(self._opened.fileno()).st_size
-        self._map = mmap.mmap(self._opened.fileno(), 0, access=mmap.ACCESS_READ) if self._size else b""
+        with file.open("rb") as opened:  # an empty file cannot be mapped; reading it says what is wrong
+            empty = not os.fstat(opened.fileno()).st_size
+            self._map = b"" if empty else mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         _advise(self._map, "MADV_RANDOM")  # else megabytes are read around every single row
-
-    def __del__(self) -> None:
-        """Close the file; what was mapped stays as long as somebody looks at it."""
-        if hasattr(self, "_opened"):
-            self._opened.close()
 
     @functools.cached_property
     def _metadata(self) -> Any:
@@ -379,7 +374,7 @@ class Segment:
 
     def _located(self) -> tuple[Any, NDArray[np.int64]]:
         """`_embeddings`, unless the file was cut short since: touching what is not there any more kills the process."""
-        if os.fstat(self._opened.fileno()).st_size != self._size:
+        if isinstance(self._map, mmap.mmap) and self._map.size() != len(self._map):
             raise ValueError("its size has changed")
         return self._embeddings
 

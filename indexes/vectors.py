@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ _NAMED = 3  # bad rows that a message names
 _POINTS, _FEWEST = 64, 39  # training rows for each centroid: enough, and what FAISS wants at least
 _TRAINING = 65_536  # rows that kinds without centroids are trained on: quantisers' ranges, rotations
 _MAPPED = 256 << 20  # bytes of a FAISS file from which on it is mapped instead of read
+_FAISS_PLACE = re.compile(r"^Error in .*? at \S+:\d+: ")
 _FACTORY = b"\ndiptych factory "  # FAISS files do not say which factory string made them; readers ignore what follows
 
 
@@ -407,7 +409,7 @@ def _building(factory: str, rows: int) -> Iterator[None]:
     """Turn what FAISS says of a kind that it cannot build into VectorError."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise VectorError(
             f"FAISS cannot build an index of kind {factory!r} on {rows:,} vectors: {_reason(error)}"
         ) from error
@@ -462,4 +464,7 @@ def check_search(k: int, allowed: NDArray[np.bool_] | None, rows: int) -> None:
 
 def _reason(error: Exception) -> str:
     """Strip the C++ signature from what FAISS says, and put it on one line."""
-    return " ".join(str(error).rpartition("Error: ")[2].split())[:200]
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
+    said = _FAISS_PLACE.sub("", " ".join(str(error).split()))
+    return said.rpartition("Error: ")[2][:200]

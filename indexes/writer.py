@@ -228,7 +228,8 @@ class Writer:
         return self._snapshot.stored(live[choice.evenly(len(live), count)])
 
     def _probe(self) -> dict[str, Vectors]:
-        return {choice.STORED: self._sample(choice.PROBES)}
+        kind = choice.STORED if self._snapshot.text_count else choice.IMAGE
+        return {kind: self._sample(choice.PROBES)}
 
     # ---- the buffer ------------------------------------------------------------------------------------------------
 

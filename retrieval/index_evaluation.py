@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexes import choice
-from indexes.choice import EXACT, STORED, Tuned
+from indexes.choice import EXACT, IMAGE, STORED, Tuned
 from indexes.manifest import Wanted
 from indexes.vectors import Hits, VectorIndex, Vectors, exact_search, ranked, rescored
 from retrieval.metrics import KS, means_at_k
@@ -143,7 +143,7 @@ def evaluate_indexes(
     for kind in dict.fromkeys(kinds):
         if kind == EXACT:
             continue
-        tuned = _tuned(kind, gallery, probes)
+        tuned = _tuned(kind, direction, probes)
         if tuned is None:
             out.append(replace(exact, asked=kind))
             continue
@@ -167,14 +167,16 @@ def evaluate_indexes(
     return tuple(out)
 
 
-def _tuned(kind: str, gallery: Vectors, probes: Mapping[str, Vectors]) -> Tuned | None:
+def _tuned(kind: str, direction: Direction, probes: Mapping[str, Vectors]) -> Tuned | None:
     """The index of a kind, or the one that a store would choose; None: exact search."""
+    gallery = direction.gallery
     rows, dim = gallery.shape
     wanted = Wanted(None if kind == AUTO else kind)
     kinds = choice.kinds(rows, dim, wanted) if wanted.factory is None else [wanted.factory]
     if not kinds:
         return None
-    queries = {**probes, STORED: gallery[choice.evenly(rows, choice.PROBES)]}
+    stored = IMAGE if direction.way == "t2i" else STORED  # as a store calls them
+    queries = {**probes, stored: gallery[choice.evenly(rows, choice.PROBES)]}
     truth = {name: exact_search(gallery, each, choice.K) for name, each in queries.items()}
 
     def tuned(kind: str) -> Tuned:

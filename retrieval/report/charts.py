@@ -419,11 +419,11 @@ def scatter(points: Sequence[Point], y: Axis, label: str, *, x_name: str, y_name
     return f'<div class="plot lines points">{drawn}</div>'
 
 
-_WIDE = 1.5  # a letter, in hundredths of the width of a plot in a panel
+_WIDE, _ROUND = 1.5, 2.0  # a letter, and from the middle of a point to its edge, in hundredths of a panel's plot
 
 
 def _beside(places: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str, bool]]:
-    """Where the names of points are written: beside them, moved down or up until they hide none written before.
+    """Where the names of points are written: beside them, as near as they hide no other point and no other name.
 
     Args:
         places: from the left and from above, in hundredths, and the name.
@@ -431,25 +431,26 @@ def _beside(places: Sequence[tuple[float, float, str]]) -> list[tuple[float, flo
     Returns:
         The same with the name's height, and whether it is written to the left of its point.
     """
-    written: list[tuple[float, float, float]] = []
+    taken = [(left - _ROUND, left + _ROUND, height) for left, height, _ in places]  # from, to, height
     out = []
-    for left, height, name in places:
-        width = _WIDE * (len(name) + 2)
-        left_of = left + width > 100
-        begin = left - width if left_of else left
-        steps = [step * sign * _APART for step in range(len(places)) for sign in (1, -1)]
+    for own, (left, height, name) in enumerate(places):
+        width = _WIDE * (len(name) + 1)
+        others = [*taken[:own], *taken[own + 1 :]]
+        spots = [
+            (begin, height + sign * step * _APART)
+            for step in range(len(places) + 1)
+            for sign in ((1, -1) if step else (1,))
+            for begin in (left + _ROUND, left - _ROUND - width)
+        ]
+        inside = [(begin, at) for begin, at in spots if begin >= 0 and begin + width <= 100 and 0 <= at <= 100]
         free = (
-            height + step
-            for step in steps
-            if 0 <= height + step <= 100
-            and all(
-                abs(height + step - other) >= _APART or begin >= stop or begin + width <= start
-                for start, stop, other in written
-            )
+            (begin, at)
+            for begin, at in inside
+            if all(abs(at - other) >= _APART or begin >= end or begin + width <= start for start, end, other in others)
         )
-        chosen = next(free, height)
-        written.append((begin, begin + width, chosen))
-        out.append((left, chosen, name, left_of))
+        begin, at = next(free, spots[0])
+        taken.append((begin, begin + width, at))
+        out.append((left, at, name, begin < left))
     return out
 
 

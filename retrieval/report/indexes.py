@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from indexes.choice import EXACT
 from retrieval.index_evaluation import IndexScores
 from retrieval.report import page
 from retrieval.report.charts import Axis, Point, scatter
@@ -49,6 +50,7 @@ def _pareto(indexes: Sequence[IndexScores], way: str) -> str:
             f"{scores.queries_per_second:,.0f} queries/s, {scores.bytes / 1e6:,.2f} MB",
         )
         for scores in indexes
+        if scores.asked == scores.kind or scores.kind != EXACT  # exact search stands there already
     ]
     axis = Axis.around([1.0, *(point.y for point in points)], 0, 1)
     label = "share of the nearest that is found, over queries a second"

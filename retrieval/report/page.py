@@ -92,6 +92,7 @@ _STYLE = """
   .scroll { overflow-x: auto; }
   table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; font-variant-numeric: tabular-nums; }
   th, td { text-align: right; padding: .22rem .8rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+  .panel th, .panel td { padding: .22rem .5rem; }
   th:first-child, td:first-child { text-align: left; padding-left: 0; }
   .store { position: absolute; width: 0; height: 0; }
   @media (max-width: 44rem) {

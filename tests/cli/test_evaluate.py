@@ -76,7 +76,7 @@ def test_tsv_with_intervals(data):
 def test_a_table_on_a_terminal(data):
     """Both directions side by side, in percent."""
     parent, child = pty.openpty()
-    arguments = ["evaluate", data / "captions.jsonl", "--compare", "builtin", "--slice", "label"]
+    arguments = ["evaluate", data / "captions.jsonl", "--compare", "builtin", "--slice", "label", "--index", "SQ8"]
     with subprocess.Popen(
         [sys.executable, "-c", COMMAND, *map(str, arguments)],
         stdout=child,
@@ -100,6 +100,8 @@ def test_a_table_on_a_terminal(data):
     (hit,) = [line for line in lines if line.split()[:1] == ["hit@1"]]
     assert hit.split() == ["hit@1", *["100.0", "(100.0", "…", "100.0)"] * 2]
     assert any(line.split()[:3] == ["label=thing", "2", "2"] for line in lines)
+    coded = [line.split() for line in lines if line.split()[:1] == ["SQ8"]]
+    assert [line[1:5] for line in coded] == [["100.0"] * 4] * 2  # hit@1, 5 and 10, and of the ten nearest; both ways
     (change,) = [line for line in lines if line.split()[:1] == ["t2i_hit@1"]]
     assert change.split()[1:4] == ["100.0", "100.0", "+0.0"]
 
@@ -164,6 +166,38 @@ def test_clip_benchmark_page_and_run(data, tmp_path):
     assert "wrote" in run.stderr
 
 
+def test_through_indexes(data, tmp_path):
+    arguments = (
+        "evaluate",
+        data / "captions.jsonl",
+        "--index",
+        "auto",
+        "--index",
+        "Flat",
+        "--html",
+        tmp_path / "p.html",
+    )
+    run = diptych(*arguments)
+    assert run.returncode == 0, run.stderr
+    values = dict(line.split("\t")[:2] for line in run.stdout.splitlines())
+    for kind in ("exact", "auto", "Flat"):
+        for way in ("t2i", "i2t"):
+            for name in (f"{way}_hit@1", f"{way}_ndcg@10"):
+                assert values[f"index={kind}:{name}"] == values[name]
+            assert values[f"index={kind}:{way}_recall_of_exact@10"] == "1.0000"
+            assert float(values[f"index={kind}:{way}_queries_per_second"]) > 0
+    assert values["index=exact:t2i_bytes"] == "0"
+    assert int(values["index=Flat:t2i_bytes"]) > 3 * 4 * 256
+    assert "auto, for 3 pictures: exact search" in run.stderr
+    assert "auto, for 3 texts: exact search" in run.stderr
+    assert "Through an index" in (tmp_path / "p.html").read_text("utf-8")
+    fields = result(diptych(*arguments, "--json"))
+    assert [(scores["direction"], scores["kind"]) for scores in fields["indexes"]] == [
+        (way, kind) for way in ("t2i", "i2t") for kind in ("exact", "exact", "Flat")
+    ]
+    assert fields["indexes"][2]["metrics"]["t2i_hit@5"] == fields["metrics"]["t2i_hit@5"]
+
+
 def test_the_second_time_no_picture_is_decoded(data, tmp_path):
     env = {"XDG_CACHE_HOME": str(tmp_path)}
     first = result(diptych("evaluate", data / "captions.jsonl", "--json", env=env))
@@ -190,8 +224,12 @@ def test_mistakes(data, tmp_path):
     assert "its splits are: test, train" in complaint(diptych("evaluate", pairs, "--split", "val"))
     assert "no such folder of pictures" in complaint(diptych("evaluate", pairs, "--images", tmp_path / "none"))
     assert "cannot be read" in complaint(diptych("evaluate", pairs, "--templates", tmp_path / "none.txt"))
+    assert "kind 'Flatt' on 3 vectors" in complaint_after_notes(diptych("evaluate", pairs, "--index", "Flatt"))
+    few = complaint_after_notes(diptych("evaluate", pairs, "--index", "IVF4,Flat", "--split", "all"))
+    assert "it needs at least 156 to be trained" in few
     for wrong in (
         ["--prompt", "a photo"],
+        ["--task", "classification", "--index", "auto"],
         ["-k", "0"],
         ["--ties", "lucky"],
         ["--bootstrap", "-1"],

@@ -34,7 +34,7 @@ def test_a_kind_is_built_measured_shown_and_kept(photos):
     report = result(diptych("index", photos, "--index-kind", "HNSW8,SQ8", "--target-recall", "0.9", "--json"))
     assert (report["embedded"], report["skipped"]) == (0, 20)
     search = result(diptych("info", photos, "--json"))["search"]
-    assert (search["kind"], search["rows"], search["queries"]) == ("HNSW8,SQ8", 20, {"text": 300, "stored": 20})
+    assert (search["kind"], search["rows"], search["queries"]) == ("HNSW8,SQ8", 20, {"text": 300, "image": 20})
     assert search["recall"]["text"] >= 0.9
     assert search["bytes"] == (photos / ".diptych" / "vectors.faiss").stat().st_size
     line = next(line for line in diptych("info", photos).stdout.splitlines() if line.startswith("search\t"))
@@ -79,7 +79,7 @@ def test_a_library_chooses_when_it_has_grown(tmp_path, monkeypatch):
     library = Library.create(tmp_path, encoder=ColourEncoder())
     library.index()
     assert library.store.ann.factory == "RaBitQfs"
-    assert library.store.ann.measured.queries == {"stored": 20}  # this model knows hardly a word of the sentences
+    assert library.store.ann.measured.queries == {"image": 20}  # this model knows hardly a word of the sentences
     for photo in real_photos()[5:]:
         (tmp_path / photo.name).unlink()
     library.index(wanted=Wanted(recall=0.8))

@@ -85,7 +85,7 @@ def test_a_kind_that_looks_at_enough_is_exact(store, kind):
         assert store.ann is None
     else:
         assert store.ann.factory == kind
-        assert store.ann.measured.recall == {"text": 1.0, "stored": 1.0}
+        assert store.ann.measured.recall == {"text": 1.0, "image": 1.0}
         assert store.snapshot.covered == 1200
     store = Store.open(store.path)
     for k in (1, 10):
@@ -162,11 +162,13 @@ def cases(n):
 
 def test_kinds_by_size_and_memory():
     assert choice.kinds(5_000, 512, Wanted()) == []
-    assert choice.kinds(100_000, 512, Wanted()) == ["RaBitQfs", "PQ128x4fs", "PQ64x4fs", "PQ32x4fs"]
-    assert choice.kinds(1_000_000, 512, Wanted())[:2] == ["IVF2048,RaBitQfs", "RaBitQfs"]
+    assert choice.kinds(100_000, 512, Wanted()) == ["RaBitQfs", "SQfp16"]
+    assert choice.kinds(1_000_000, 512, Wanted()) == ["IVF2048,RaBitQfs", "RaBitQfs", "SQfp16"]
+    assert choice.kinds(1_000_000, 512, Wanted(memory=1 << 30)) == ["IVF2048,RaBitQfs", "RaBitQfs", "SQfp16"]
+    assert choice.kinds(1_000_000, 512, Wanted(memory=100 << 20)) == ["IVF2048,RaBitQfs", "RaBitQfs"]
     assert choice.kinds(1_000_000, 512, Wanted(memory=50 << 20)) == ["PQ64x4fs", "PQ32x4fs"]
     assert choice.kinds(1_000_000, 512, Wanted(memory=1 << 20)) == []
-    assert choice.kinds(100_000, 7, Wanted()) == ["RaBitQfs"]
+    assert choice.kinds(100_000, 7, Wanted()) == ["RaBitQfs", "SQfp16"]
 
 
 def test_a_store_that_grows_chooses_for_itself(store, monkeypatch):
@@ -179,7 +181,7 @@ def test_a_store_that_grows_chooses_for_itself(store, monkeypatch):
     store.rebuild_index(probes={"text": queries})
     assert not store.index_is_stale()
     ann = Store.open(store.path).ann
-    assert (ann.factory, ann.rows, ann.measured.queries) == ("RaBitQfs", 1300, {"text": 60, "stored": 300})
+    assert (ann.factory, ann.rows, ann.measured.queries) == ("RaBitQfs", 1300, {"text": 60, "image": 300})
     assert ann.measured.bytes == (store.path / "vectors.faiss").stat().st_size < 1300 * 2 * DIM
     # The recall that is written down is the one a search has: counted here the slow way.
     best = brute(store.vectors(), queries, 10)
@@ -187,6 +189,17 @@ def test_a_store_that_grows_chooses_for_itself(store, monkeypatch):
     share = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(hits.rows, best.rows, strict=True)])
     assert ann.measured.recall["text"] == pytest.approx(share)
     assert 0.95 <= min(ann.measured.recall.values()) <= 1
+
+
+def test_vectors_that_codes_cannot_tell_apart_get_a_kind_that_misses_nothing(store, monkeypatch):
+    """All of them near one direction, and few candidates."""
+    monkeypatch.setattr("indexes.choice._EXACT_ROWS", 1000)
+    monkeypatch.setattr("indexes.choice._REFINE", (1, 2))
+    random = np.random.default_rng(0)
+    fill(store, as_vectors(np.ones(DIM) + 0.3 * random.standard_normal((1500, DIM))))
+    store.rebuild_index(Wanted(recall=0.99), {"text": clustered(50, seed=1)})
+    assert store.ann.factory == "SQfp16"
+    assert min(store.ann.measured.recall.values()) > 0.99
 
 
 def test_what_is_asked_for_is_remembered(store):

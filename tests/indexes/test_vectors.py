@@ -228,6 +228,33 @@ def test_unknown_kind_and_too_few_rows_to_train():
             VectorIndex.build(unit(900), kind)
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("BFlat", "could not parse index string BFlat"),
+        ("IDMap,Flat", "add does not make sense with"),
+    ],
+)
+def test_what_faiss_says_comes_without_its_source_code(kind, reason):
+    with pytest.raises(VectorError) as caught:
+        VectorIndex.build(unit(900), kind)
+    said = str(caught.value)
+    assert reason in said
+    assert "Error" not in said
+    assert "::" not in said
+
+
+def test_a_kind_that_memory_does_not_hold(monkeypatch):
+    """FAISS says so of IVF1000000000,Flat; here without asking the machine for 50 GB."""
+
+    def full(*_):
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr("faiss.index_factory", full)
+    with pytest.raises(VectorError, match="on 900 vectors: there is not enough memory"):
+        VectorIndex.check("IVF1000000000,Flat", DIM, 900)
+
+
 @pytest.mark.parametrize(("kind", "rows"), [("Flatt", 3), ("IVF64,Flat", 2495), ("PQ4,RFlat", 900), ("PQ5x4fs", 900)])
 def test_what_cannot_be_built_is_known_before_there_are_vectors(kind, rows):
     with pytest.raises(VectorError) as built:

@@ -18,11 +18,12 @@ from PIL import Image
 from indexes.vectors import as_vectors
 from retrieval.errors import UsageError
 from retrieval.evaluation import ClassificationDetails, Comparison, Evaluation, RetrievalDetails, Slice
+from retrieval.index_evaluation import IndexScores
 from retrieval.metrics import KS, difference, evaluate_classification, measure
 from retrieval.pairs import PictureBytes, Record, checksum
 from retrieval.ranks import rank_pairs
-from retrieval.report import evaluation_page, write_evaluation_page
-from retrieval.report.charts import Axis
+from retrieval.report import charts, evaluation_page, write_evaluation_page
+from retrieval.report.charts import Axis, Point, frontier
 
 VOID = {"meta", "img", "br"}
 
@@ -393,6 +394,84 @@ def test_an_interval_that_is_not_known_decides_nothing(pictures):
     assert mark["class"] == "mark even"
     assert not mark.all("line")
     assert "nan" not in re.sub('base64,[^"]*', "", evaluation_page(result))
+
+
+# ---- through an index ------------------------------------------------------------------------------------------------
+
+
+def index_scores(way, name, speed, recall, size=0, asked=None):
+    metrics = {f"{way}_{measure}@{k}": recall * k / 10 for measure in ("hit", "recall") for k in (1, 10)}
+    return IndexScores(way, asked or name, name, 1234, metrics, recall, {"text": 0.5}, 1, 0, speed, size)
+
+
+def test_indexes_as_a_table_and_a_plot_for_each_direction(pictures):
+    t2i = [
+        index_scores("t2i", "exact", 100.0, 1.0),
+        index_scores("t2i", "exact", 100.0, 1.0, asked="auto"),
+        index_scores("t2i", "IVF4,<Flat>", 1000.0, 0.96, 2_500_000),
+        index_scores("t2i", "PQ8", 500.0, 0.93, 100),
+    ]
+    result = replace(noisy(pictures(6)), indexes=(*t2i, index_scores("i2t", "exact", 7.0, 1.0)))
+    part = section(read(result), "Through an index")
+    panels = part.all("div", "panel")
+    assert [panel.all("h3")[0].text for panel in panels] == ["Text → image", "Image → text"]
+    assert "1,234 pictures" in panels[0].text
+    assert "1,234 captions" in panels[1].text
+    lines = [[cell.text for cell in line.all("td")] for line in panels[0].all("tr")[1:]]
+    assert lines[2] == ["IVF4,<Flat>", percent(0.096), percent(0.96), percent(0.96), "1,000", "2.50"]
+    assert [line[0] for line in lines] == ["exact", "auto: exact", "IVF4,<Flat>", "PQ8"]
+    marks = panels[0].all("g", "mark")
+    assert [bool(set(mark["class"].split()) & {"other"}) for mark in marks] == [False, False, True]
+    circles = [mark.all("circle")[0] for mark in marks]
+    low, high = math.log(80), math.log(1250)
+    for circle, scores in zip(circles, (t2i[0], *t2i[2:]), strict=True):
+        assert number(circle["cx"]) == pytest.approx(
+            100 * (math.log(scores.queries_per_second) - low) / (high - low), abs=0.01
+        )
+        assert scores.name in circle.text
+        assert number(circle["cy"]) == pytest.approx(100 * (1 - scores.recall) / 0.08, abs=0.01)
+    (front,) = [path for path in panels[0].all("path") if path["class"] == "t2i"]
+    assert front["d"].count(",") == 2
+    names = [words.text for words in panels[0].all("text", "end")]
+    assert names == ["exact", "IVF4,<Flat>", "PQ8"]
+    assert len(panels[1].all("circle")) == 1
+
+
+def test_without_indexes_there_is_no_such_section(pictures):
+    assert "Through an index" not in titles(read(noisy(pictures(4))))
+
+
+def test_the_front_against_a_slow_count():
+    random = np.random.default_rng(0)
+    for count in (1, 2, 5, 40):
+        points = [Point(str(i), float(x), float(y)) for i, (x, y) in enumerate(random.integers(1, 6, (count, 2)))]
+        points = list({(point.x, point.y): point for point in points}.values())
+        slow = [a for a in points if not any(b is not a and b.x >= a.x and b.y >= a.y for b in points)]
+        assert frontier(points) == sorted(slow, key=lambda point: point.x)
+
+
+def test_names_of_points_hide_neither_points_nor_each_other():
+    random = np.random.default_rng(1)
+    for _ in range(50):
+        places = [(float(x), float(y), "n" * int(n)) for x, y, n in random.integers((0, 0, 3), (100, 100, 18), (6, 3))]
+        found = charts._beside(places)
+        boxes = []
+        for (left, height, name), (at, _, same, left_of) in zip(places, found, strict=True):
+            assert (at, same) == (left, name)
+            assert 0 <= height <= 100
+            width = charts._WIDE * (len(name) + 1)
+            begin = left - charts._ROUND - width if left_of else left + charts._ROUND
+            assert begin >= 0
+            assert begin + width <= 100
+            boxes.append((begin, begin + width))
+        heights = [height for _, height, _, _ in found]
+        for i, (begin, end) in enumerate(boxes):
+            for j, (start, stop) in enumerate(boxes):
+                apart = begin >= stop or end <= start or abs(heights[i] - heights[j]) >= charts._APART
+                assert i == j or apart
+            for j, (left, height, _) in enumerate(places):
+                apart = begin >= left + charts._ROUND or end <= left - charts._ROUND
+                assert i == j or apart or abs(heights[i] - height) >= charts._APART
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------
