@@ -1,7 +1,7 @@
 """Search in large stores: the Library beside bare FAISS, exact search and other index packages, in one run.
 
     python -m benchmarks.indexes [--rows 100000 1000000] [--vectors V.npy --queries Q.npy] [--peers-python PYTHON]
-                                 [--threads 1] [--repetitions 5] [--folder FOLDER]
+                                 [--peers-rows 100000] [--threads 1] [--repetitions 5] [--folder FOLDER]
 
 For each number of rows, and for each recall that is asked for, a store is made, its FAISS index is chosen and tuned on
 one half of the text queries, and everything is measured on the other half, by turns: a query to bare FAISS, the same
@@ -432,7 +432,11 @@ def at_size(folder: Path, rows: int, options: argparse.Namespace) -> tuple[list[
     cores = os.cpu_count() or 1
     once(sys.executable, cores, folder, "made", "make", rows, options.vectors, options.queries)
     built = {recall: once(sys.executable, cores, folder, f"built-{recall}", "build", recall) for recall in RECALLS}
-    peers = {name: once(options.peers_python, cores, folder, name, "peer", name, cores) for name in PEERS}
+    peers = {
+        name: once(options.peers_python, cores, folder, name, "peer", name, cores)
+        for name in PEERS
+        if rows <= options.peers_rows
+    }
     missing = [name for name, said in peers.items() if said is None]
     opened = [start(sys.executable, options.threads, folder, "open", RECALLS[0]) for _ in range(options.repetitions)]
     runs = start(sys.executable, options.threads, folder, "measure", options.repetitions, options.peers_python)
@@ -492,7 +496,7 @@ def at_size(folder: Path, rows: int, options: argparse.Namespace) -> tuple[list[
         f"takes {middle('first search', 's'):.2f} s, {held['first search']} more; {len(halves(folder)[1])} more take "
         f"{1000 * middle('searches', 's'):.1f} ms each, together {held['searches']} more, of "
         f"{2 * rows * width / 1e6:.0f} MB of vectors; building held "
-        f"{max(said['peak_mb'] for said in built.values()):.0f} MB at most"
+        f"{max(said['peak_mb'] for said in built.values()):.0f} MB at most, mapped vectors and all"
     )
     return table, [f"{rows:,} rows: {'; '.join(notes)}."]
 
@@ -556,6 +560,7 @@ if __name__ == "__main__":
         parser.add_argument("--vectors", default="", help="(N, D) array of numbers; rows beyond --rows are left out")
         parser.add_argument("--queries", default="", help="(Q, D) array of numbers")
         parser.add_argument("--peers-python", default=sys.executable, help="interpreter that has the peers")
+        parser.add_argument("--peers-rows", type=int, default=100_000, help="larger graphs take them many minutes")
         parser.add_argument("--threads", type=int, default=1)
         parser.add_argument("--repetitions", type=int, default=5)
         parser.add_argument("--folder", help="keep what is made here, and use it again")

@@ -303,6 +303,7 @@ class Segment:
         with file.open("rb") as opened:  # an empty file cannot be mapped; reading it says what is wrong
             empty = not os.fstat(opened.fileno()).st_size
             self._map = b"" if empty else mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        _advise(self._map, "MADV_RANDOM")  # else megabytes are read around every single row
 
     @functools.cached_property
     def _metadata(self) -> Any:
@@ -355,6 +356,8 @@ class Segment:
         with _reading(self.file):
             data, offsets = self._located()
             rows = int(self.group_starts[i + 1] - self.group_starts[i])
+            if data is self._map:
+                _advise(data, "MADV_WILLNEED", int(offsets[i]), 8 * self._dim * rows)  # this group and those behind it
             return np.frombuffer(data, np.float16, rows * self._dim, int(offsets[i])).reshape(rows, self._dim)
 
     def take(self, rows: NDArray[np.int64]) -> Vectors:
@@ -396,6 +399,13 @@ class Segment:
         import pyarrow.parquet as pq
 
         return pq.ParquetFile(self._stream, metadata=self._metadata)  # cheap; one for each thread that reads
+
+
+def _advise(mapped: Any, advice: str, start: int = 0, length: int = 0) -> None:
+    """Tell the system how a mapped file, or a part of it, is going to be read; some systems cannot be told."""
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, advice):
+        begin = start // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(getattr(mmap, advice), begin, start + length - begin if length else len(mapped))
 
 
 def read_vectors(segments: Sequence[Segment], dim: int) -> Vectors:
