@@ -23,7 +23,8 @@ EXACT = "exact"  # no FAISS file at all
 IMAGE, STORED = "image", "stored"  # kinds of queries: stored vectors, of pictures alone or of what there is
 K = 10  # the recall that is measured is that of the ten nearest rows
 _EXACT_ROWS = 20_000  # up to here exact search takes a few milliseconds
-_LISTS_ROWS = 300_000  # from here on inverted lists pay for their k-means
+_LISTS_ROWS = 300_000  # from here on inverted lists pay for their k-means …
+_LISTS_SHARE = 0.25  # … as long as no more of them are visited than this
 _REFINE = (1, 2, 3, 5, 10, 20, 40)  # candidates for each row wanted
 PROBES = 300  # stored rows that are searched with, beside the caller's queries
 _CERTAIN = 1.64  # standard errors: the recall is at least the one asked for with 95 % certainty, not just on average
@@ -70,6 +71,7 @@ def tune(
     truth: Mapping[str, Hits],
     take: Callable[[NDArray[np.int64]], Vectors],
     recall: float,
+    forced: bool,
 ) -> Tuned:
     """Find the least effort and the fewest candidates at which every kind of query finds what is asked for.
 
@@ -79,24 +81,29 @@ def tune(
         truth: what exact search finds for them, `K` rows each.
         take: the stored vectors of some of the index's rows.
         recall: the share of the truth that is to be found.
+        forced: whether this very kind was asked for. Else no more than a quarter of its inverted lists are visited:
+            from there on a kind without lists is as fast.
 
     Returns:
         The first setting that finds it with 95 % certainty; else the one that finds most.
 
     """
-    name_and_values = index.effort
     best: Tuned | None = None
-    for effort in name_and_values[1] if name_and_values else (0,):
+    for effort in index.efforts(1.0 if forced else _LISTS_SHARE) or (0,):
         if effort:
             index.set_effort(effort)
-        for refine in _REFINE:  # searched anew each time: a graph's first rows depend on how many are asked for
+        # Searched anew for each: a graph's first rows depend on how many are asked for. The most of them first, since
+        # where they are not enough, fewer are not.
+        for refine in (_REFINE[-1], *_REFINE[:-1]):
             found = {name: _found(index, queries, truth[name], take, refine) for name, queries in probes.items()}
             shares = {name: float(rows.mean()) for name, rows in found.items()}
             enough = all(_surely(rows) >= recall for rows in found.values())
             if best is None or enough or min(shares.values()) > min(best.recall.values()):
                 best = Tuned(index, refine, effort, shares, enough)
-            if enough:
-                return best
+            if enough != (refine == _REFINE[-1]):
+                break
+        if best and best.enough:
+            return best
     assert best is not None
     if best.effort:
         index.set_effort(best.effort)

@@ -236,14 +236,19 @@ class VectorIndex:
         faiss.write_index(self._index, faiss.PyCallbackIOWriter(lambda part: parts.append(len(part))))
         return sum(parts)
 
-    @property
-    def effort(self) -> tuple[str, tuple[int, ...]] | None:
-        """The search parameter that trades time for recall, and the values worth trying; None where there is none."""
-        faiss = runtime.faiss()
-        inverted = faiss.try_extract_index_ivf(self._index)
+    def efforts(self, share: float = 1.0) -> tuple[int, ...]:
+        """Values worth trying of what trades time for recall: nprobe or efSearch; none where there is neither.
+
+        Args:
+            share: of the inverted lists, how many may be visited.
+
+        """
+        inverted = runtime.faiss().try_extract_index_ivf(self._index)
         if inverted:
-            return "nprobe", (*(2**i for i in range(2, 13) if 2**i < inverted.nlist), inverted.nlist)
-        return ("efSearch", (32, 64, 128, 256, 512)) if self._graph else None
+            most = max(1, int(share * inverted.nlist))
+            steps = {round(2 ** (i / 2)) for i in range(2, 26)}
+            return (*sorted(step for step in steps if step < most), most)
+        return (32, 64, 128, 256, 512) if self._graph else ()
 
     @property
     def _graph(self) -> Any:
@@ -252,7 +257,7 @@ class VectorIndex:
         return getattr(index, "hnsw", None)
 
     def set_effort(self, value: int) -> None:
-        """Set what `effort` names."""
+        """Set nprobe or efSearch."""
         if self._graph is not None:
             self._graph.efSearch = value
         else:

@@ -218,7 +218,7 @@ class Writer:
             index = VectorIndex.fill(kind, dim, rows, self._sample, blocks)
             if not rows:
                 return choice.Tuned(index, 1, 0, {}, True)
-            return choice.tune(index, queries, truth, snapshot.stored, wanted.recall)
+            return choice.tune(index, queries, truth, snapshot.stored, wanted.recall, wanted.factory is not None)
 
         return choice.first_enough(kinds, tuned, forced=wanted.factory is not None)
 

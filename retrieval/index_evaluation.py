@@ -181,7 +181,7 @@ def _tuned(kind: str, direction: Direction, probes: Mapping[str, Vectors]) -> Tu
 
     def tuned(kind: str) -> Tuned:
         index = VectorIndex.fill(kind, dim, rows, lambda count: gallery[choice.evenly(rows, count)], [gallery])
-        return choice.tune(index, queries, truth, gallery.__getitem__, wanted.recall)
+        return choice.tune(index, queries, truth, gallery.__getitem__, wanted.recall, wanted.factory is not None)
 
     return choice.first_enough(kinds, tuned, forced=wanted.factory is not None)
 

@@ -290,6 +290,8 @@ def test_interrupt_keeps_what_is_finished(tmp_path):
         [sys.executable, "-c", COMMAND, "index", str(folder)],
         stderr=subprocess.PIPE,
         text=True,
+        # Else it would ignore the signal where the tests themselves were started in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not any((folder / ".diptych" / "segments").glob("*.parquet")) and time.monotonic() < deadline:
