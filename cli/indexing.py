@@ -69,6 +69,10 @@ def index(
         float | None,
         typer.Option(min=0.0, max=1.0, help="Share of the ten nearest that it finds.", show_default="0.95"),
     ] = None,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="First drop damaged parts of the index; what they held is embedded anew."),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Embed photos or sentences, once; later runs take in only what was added, changed, renamed or deleted."""
@@ -76,6 +80,8 @@ def index(
 
     max_pixels = MAX_PIXELS if max_megapixels is None else int(max_megapixels * 1e6)
     loading = {"device": device, "threads": threads, "preprocess": preprocess}
+    if repair:
+        _repair(folder, index)
     library, created = open_or_create(folder, index, model, texts, images, **loading)
     below = library.below(folder)
     if below:
@@ -95,6 +101,21 @@ def index(
         render.index_report(report, library, created)
     if report.failures:
         raise typer.Exit(WITH_FAILURES)
+
+
+def _repair(folder: Path, index: Path | None) -> None:
+    """Take damaged segments out of the index that covers a folder, if there is one."""
+    from indexes.store import Store
+    from retrieval.library import find_store
+
+    place = index or find_store(folder.expanduser().absolute())
+    if place is None:
+        return
+    done = Store.repair(place, LOCK_SECONDS)
+    if done.segments:
+        render.note(f"gave up {done.rows:,} rows of {place} in damaged files: {', '.join(done.segments)}")
+    else:
+        render.note(f"nothing of {place} has to be given up: every part of it is whole")
 
 
 def _wanted(library: Library, kind: str | None, memory: str | None, recall: float | None) -> Wanted | None:
@@ -235,8 +256,13 @@ def info(
     from retrieval.library import Library, describe
 
     library = Library.open(folder, index=index)
-    facts = describe(library)
     problems = library.check() if check else None
+    try:
+        facts = describe(library)
+    except StoreError:
+        if not problems:
+            raise
+        facts = {"folder": str(library.root), "index": str(library.store.path)}  # the problems say the rest
     if json:
         render.json_out({**facts, **({} if problems is None else {"problems": problems})})
     else:

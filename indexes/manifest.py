@@ -16,7 +16,13 @@ from indexes.errors import StoreCorrupt, StoreError, StoreNotFound
 
 MANIFEST = "manifest.json"
 SEGMENTS = "segments"
+FAILURES = "failures.parquet"
+ANN_FILE = "vectors.faiss"
+TOMBSTONES = 1000  # ids of deleted rows that the manifest itself holds at most
 FORMAT = 2  # 1 had no file of deleted ids
+_SEAL = b',\n "checksum": "'  # of all bytes before it; the last field
+_FIELDS = {"format", "counts", "model", "root", "generation", "next_id", "segments", "tombstones", "deleted", "ann",
+           "wanted", "source"}  # fmt: skip
 _SEGMENT_NAME = re.compile(r"\d{8}\.parquet")
 _DELETED_NAME = re.compile(r"deleted-\d{8}\.parquet")
 
@@ -152,7 +158,7 @@ class Manifest:
         fields = {"format": FORMAT, "counts": counts, **asdict(self)}
         del fields["failures"]
         with replacing(folder / MANIFEST) as file:
-            file.write(json.dumps(fields, indent=1).encode("ascii"))
+            file.write(_sealed(json.dumps(fields, indent=1).removesuffix("\n}").encode("ascii")))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -177,9 +183,19 @@ class Manifest:
                 raise StoreError(
                     f"{file} has format {fields['format']}, and this release reads up to {FORMAT}: upgrade diptych"
                 )
+            # Releases before the checksum wrote none; and where its name is what was damaged, that name is unknown.
+            if "checksum" in fields and text != _sealed(text.rpartition(_SEAL)[0]):
+                raise ValueError("its content is not what was written")
+            if fields.keys() - _FIELDS - {"checksum"}:
+                raise ValueError("it has unknown fields")
             return _parsed(fields)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise damaged(file, f"{type(error).__name__}: {error}") from error
+
+
+def _sealed(body: bytes) -> bytes:
+    """End the JSON with the SHA-256 of all that stands before it."""
+    return body + _SEAL + hashlib.sha256(body).hexdigest().encode("ascii") + b'"\n}'
 
 
 def _parsed(fields: dict[str, Any]) -> Manifest:
@@ -262,7 +278,7 @@ def remove_leftovers(folder: Path, manifest: Manifest) -> None:
         for file in place.iterdir()
         if file.name not in kept and name.fullmatch(file.name.removesuffix(".tmp"))
     ]
-    for file in (*own, *(folder / f"{name}.tmp" for name in (MANIFEST, "failures.parquet", "vectors.faiss"))):
+    for file in (*own, *(folder / f"{name}.tmp" for name in (MANIFEST, FAILURES, ANN_FILE))):
         with contextlib.suppress(OSError):  # Windows keeps what a reader has open; the next writer tries again
             file.unlink(missing_ok=True)
 
@@ -278,6 +294,18 @@ def sha256_of(file: Path) -> str:
 
 def damaged(file: Path, reason: object) -> StoreCorrupt:
     """Say which file of an index is damaged, why, and what helps."""
-    folder = file.parent.parent if file.parent.name == SEGMENTS else file.parent
     what = " ".join(str(reason).split())[:200]
-    return StoreCorrupt(f"{file} is damaged ({what}): delete the folder {folder} and index again")
+    return StoreCorrupt(f"{file} is damaged ({what}): {remedy(file)}")
+
+
+def remedy(file: Path) -> str:
+    """What helps when a file of an index is damaged or missing."""
+    if file.parent.name == SEGMENTS:
+        return (
+            "diptych info --check  says which rows are lost,  diptych index --repair  takes in what is there to be read"
+        )
+    if file.name == ANN_FILE:
+        return "search does without it, and the next  diptych index  builds it again"
+    if file.name == FAILURES:
+        return "delete it, it only names files that could not be read"
+    return f"delete the folder {file.parent} and index again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,8 +24,8 @@ from indexes.manifest import DeletedRef, SegmentRef, damaged, replacing, sha256_
 from indexes.tables import extras
 from indexes.vectors import Vectors
 
-FAILURES = "failures.parquet"
 _GROUP = 2048  # rows read at a time when a few are wanted: 2 MB of embeddings at 512 dimensions
+_SEAL, _UNSEALED = b"diptych.sha256", b"0" * 64  # see `_sealed`
 _ONE_PAGE = {b"diptych.embedding": b"one page for each row group"}
 _SIGN_AND_HALF = np.int32(0x8FFFE000 - (1 << 32))  # float32's sign, and where the other 15 bits of a float16 go
 _EXPONENT = np.float32(2.0**112)  # float32 counts exponents from -127, float16 from -15
@@ -193,8 +194,12 @@ def write_failures(file: Path, failures: Iterable[Failure]) -> None:
     import pyarrow.parquet as pq
 
     fields = [{**asdict(failure), **_name(failure.path), "reason": _text(failure.reason)} for failure in failures]
+    buffer = pa.BufferOutputStream()
+    with pq.ParquetWriter(buffer, _FAILURE_SCHEMA) as writer:
+        writer.write_table(pa.Table.from_pylist(fields, schema=_FAILURE_SCHEMA))
+        writer.add_key_value_metadata({_SEAL: _UNSEALED})
     with replacing(file) as stream:
-        pq.write_table(pa.Table.from_pylist(fields, schema=_FAILURE_SCHEMA), stream)
+        stream.write(_sealed(buffer.getvalue().to_pybytes()))
 
 
 def read_failures(file: Path) -> list[Failure]:
@@ -203,12 +208,24 @@ def read_failures(file: Path) -> list[Failure]:
 
     with _reading(file):
         try:
-            with pa.OSFile(os.fsencode(file)) as stream:
-                table = pq.read_table(stream, schema=_FAILURE_SCHEMA)
+            content = file.read_bytes()
         except FileNotFoundError:
             return []
+        known = pq.read_metadata(pa.BufferReader(content)).metadata or {}
+        seal = known.get(_SEAL)
+        # Releases before the seal wrote none; and where its name is what was damaged, that name is unknown.
+        if known.keys() - {b"ARROW:schema", _SEAL} or (seal and _sealed(content, seal) != content):
+            raise ValueError("its content is not what was written")
+        table = pq.read_table(pa.BufferReader(content), schema=_FAILURE_SCHEMA)
         fields = table.drop_columns(["path_bytes"]).to_pylist()
         return [Failure(**{**one, "path": name}) for one, name in zip(fields, names(table), strict=True)]
+
+
+def _sealed(content: bytes, seal: bytes = _UNSEALED) -> bytes:
+    """Write the SHA-256 of a Parquet file into its own metadata, in place of `seal`; computed with zeros there."""
+    at = content.rindex(seal)  # the metadata are the end of the file
+    unsealed = content[:at] + _UNSEALED + content[at + len(seal) :]
+    return content[:at] + hashlib.sha256(unsealed).hexdigest().encode("ascii") + content[at + len(seal) :]
 
 
 def extra_columns(schema: pa.Schema) -> pa.Schema:

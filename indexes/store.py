@@ -16,8 +16,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from indexes import filters
 from indexes.choice import EXACT, kinds
+from indexes.damage import Repaired, check, repair
 from indexes.errors import ModelMismatch, StoreError, StoreLocked
 from indexes.manifest import (
+    ANN_FILE,
+    FAILURES,
     MANIFEST,
     SEGMENTS,
     UNVERIFIED,
@@ -29,8 +32,8 @@ from indexes.manifest import (
     remove_leftovers,
     sha256_of,
 )
-from indexes.segments import FAILURES, Failure, Row, read_failures
-from indexes.snapshot import ANN_FILE, Snapshot
+from indexes.segments import Failure, Row, read_failures
+from indexes.snapshot import Snapshot
 from indexes.vectors import Hits, Vectors, as_vectors, check_search, check_width
 from indexes.writer import Writer, cannot_write
 
@@ -90,6 +93,24 @@ class Store:
         """
         path = path.absolute()
         return cls(path, Snapshot.open(path))
+
+    @classmethod
+    def repair(cls, path: Path, wait: float = 0.0) -> Repaired:
+        """Take damaged and missing segments out of an index, so that an index run takes in anew what was in them.
+
+        Raises:
+            StoreNotFound: there is none.
+            StoreLocked: another process is writing.
+            StoreError: it cannot be written, or more is damaged than segments.
+
+        """
+        path = path.absolute()
+        Manifest.read(path)  # no lock is made where there is no index
+        with _locked(path, wait):
+            try:
+                return repair(path)
+            except OSError as error:
+                raise cannot_write(path, error) from error
 
     @property
     def model(self) -> ModelRef:
@@ -210,26 +231,11 @@ class Store:
         return self.snapshot.search(unit, k, allowed)
 
     def check(self) -> list[str]:
-        """Recompute every checksum; one line for each thing that is wrong, none if the index is sound."""
-        manifest, wrong = self.snapshot.manifest, []
-        files = [(self.path / SEGMENTS / segment.file, segment.sha256) for segment in manifest.segments]
-        files += [(self.path / manifest.deleted.file, manifest.deleted.sha256)] if manifest.deleted else []
-        if manifest.ann and manifest.ann.rows and (self.path / ANN_FILE).exists():  # it may be deleted at any time
-            files.append((self.path / ANN_FILE, manifest.ann.sha256))
-        for file, expected in files:
-            try:
-                if sha256_of(file) != expected:
-                    wrong.append(f"{file} is damaged: its content is not what was written")
-            except OSError as error:
-                wrong.append(f"{file} cannot be read: {error.strerror}")
-        try:
-            ids = self.snapshot.slot_ids
-            if (np.diff(ids) <= 0).any() or (ids >= manifest.next_id).any() or len(self.snapshot.live) != len(self):
-                wrong.append(f"{self.path / MANIFEST} does not fit the segments: delete {self.path} and index again")
-            self.failures()  # their number may differ from the manifest's: a kill between the two files does no harm
-        except StoreError as error:
-            wrong.append(str(error))
-        return wrong
+        """Recompute every checksum of what the folder holds now; one line for each thing that is wrong.
+
+        Of a damaged segment the line says what is lost with it. Anything may be wrong, and nothing is raised.
+        """
+        return check(self.path)
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 

@@ -16,10 +16,22 @@ from numpy.typing import ArrayLike, NDArray
 
 from indexes import choice
 from indexes.columns import unified
-from indexes.errors import StoreError
-from indexes.manifest import SEGMENTS, AnnRef, SegmentRef, SourceRef, Wanted, remove_leftovers, sha256_of
-from indexes.segments import (
+from indexes.damage import whole
+from indexes.errors import StoreCorrupt, StoreError
+from indexes.manifest import (
+    ANN_FILE,
     FAILURES,
+    SEGMENTS,
+    TOMBSTONES,
+    AnnRef,
+    SegmentRef,
+    SourceRef,
+    Wanted,
+    remedy,
+    remove_leftovers,
+    sha256_of,
+)
+from indexes.segments import (
     ID,
     Failure,
     Row,
@@ -33,7 +45,7 @@ from indexes.segments import (
     write_failures,
     write_segment,
 )
-from indexes.snapshot import ANN_FILE, Snapshot, joined
+from indexes.snapshot import Snapshot, joined
 from indexes.vectors import VectorIndex, Vectors, as_vectors, check_width
 
 if TYPE_CHECKING:
@@ -42,7 +54,9 @@ if TYPE_CHECKING:
 _BUFFERED = 100  # new rows that a kill may lose at most …
 _SECONDS = 2.0  # … unless they are older than this at the next call; so are removals and failures, soon found again
 _SEGMENTS = 16  # each costs a reader about a millisecond
-_TOMBSTONES = 1000  # more are swept up once they are a quarter of the rows, and stand in a file of their own until then
+_TOMBSTONES = (
+    TOMBSTONES  # more are swept up once they are a quarter of the rows, and stand in a file of their own until then
+)
 _SLAB = 8192  # rows of a bulk load that are prepared at a time: 24 MB of embeddings at 512 dimensions
 
 
@@ -352,6 +366,10 @@ class Writer:
         """Rewrite the segments from one on as one, without the deleted rows."""
         snapshot, manifest = self._snapshot, self._snapshot.manifest
         dead = snapshot.dead
+        for ref in manifest.segments[first:]:  # what is damaged must not get a new, right checksum
+            file = self._store.path / SEGMENTS / ref.file
+            if reason := whole(file, ref.sha256):
+                raise StoreCorrupt(f"{reason}: {remedy(file)}")
 
         def living() -> Iterator[pa.Table]:
             for segment in snapshot.segments[first:]:
