@@ -15,6 +15,7 @@ from indexes.manifest import (
     ANN_FILE,
     FAILURES,
     MANIFEST,
+    REPAIR,
     SEGMENTS,
     TOMBSTONES,
     Manifest,
@@ -64,7 +65,7 @@ def _wrong(folder: Path, manifest: Manifest) -> list[str]:
     for segment in manifest.segments:
         file = folder / SEGMENTS / segment.file
         if reason := whole(file, segment.sha256):
-            wrong.append(f"{reason}; it held {lost(folder, manifest, segment)}: {remedy(file)}")
+            wrong.append(f"{reason}; it held {lost(folder, manifest, segment)}: {REPAIR}")
     if manifest.deleted:
         file = folder / manifest.deleted.file
         if reason := whole(file, manifest.deleted.sha256):
@@ -110,7 +111,7 @@ def lost(folder: Path, manifest: Manifest, ref: SegmentRef) -> str:
 def missing(folder: Path, manifest: Manifest, file: Path) -> str:
     """Say what is lost with a file that the manifest names and that is not there."""
     held = next((f" with {lost(folder, manifest, ref)}" for ref in manifest.segments if ref.file == file.name), "")
-    return f"{file} is missing{held}: {remedy(file)}"
+    return f"{file} is missing{held}: {REPAIR if held else remedy(file)}"
 
 
 def repair(folder: Path) -> Repaired:

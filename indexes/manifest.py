@@ -19,6 +19,7 @@ SEGMENTS = "segments"
 FAILURES = "failures.parquet"
 ANN_FILE = "vectors.faiss"
 TOMBSTONES = 1000  # ids of deleted rows that the manifest itself holds at most
+REPAIR = "take in again what is still there with  diptych index --repair"
 FORMAT = 2  # 1 had no file of deleted ids
 _SEAL = b',\n "checksum": "'  # of all bytes before it; the last field
 _FIELDS = {"format", "counts", "model", "root", "generation", "next_id", "segments", "tombstones", "deleted", "ann",
@@ -301,9 +302,7 @@ def damaged(file: Path, reason: object) -> StoreCorrupt:
 def remedy(file: Path) -> str:
     """What helps when a file of an index is damaged or missing."""
     if file.parent.name == SEGMENTS:
-        return (
-            "diptych info --check  says which rows are lost,  diptych index --repair  takes in what is there to be read"
-        )
+        return f"see what is lost with  diptych info --check  and {REPAIR}"
     if file.name == ANN_FILE:
         return "search does without it, and the next  diptych index  builds it again"
     if file.name == FAILURES:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import mmap
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ from indexes.tables import extras
 from indexes.vectors import Vectors
 
 _GROUP = 2048  # rows read at a time when a few are wanted: 2 MB of embeddings at 512 dimensions
-_SEAL, _UNSEALED = b"diptych.sha256", b"0" * 64  # see `_sealed`
+_SEAL, _STRING, _UNSEALED = b"diptych.sha256", b"\x18@", b"0" * 64  # the second is Thrift's for a string of 64 bytes
+_SEALED = re.compile(_STRING + rb"[0-9a-f]{64}")
 _ONE_PAGE = {b"diptych.embedding": b"one page for each row group"}
 _SIGN_AND_HALF = np.int32(0x8FFFE000 - (1 << 32))  # float32's sign, and where the other 15 bits of a float16 go
 _EXPONENT = np.float32(2.0**112)  # float32 counts exponents from -127, float16 from -15
@@ -211,21 +213,23 @@ def read_failures(file: Path) -> list[Failure]:
             content = file.read_bytes()
         except FileNotFoundError:
             return []
-        known = pq.read_metadata(pa.BufferReader(content)).metadata or {}
-        seal = known.get(_SEAL)
-        # Releases before the seal wrote none; and where its name is what was damaged, that name is unknown.
-        if known.keys() - {b"ARROW:schema", _SEAL} or (seal and _sealed(content, seal) != content):
+        # Releases before the seal wrote none; where its name is damaged its value is not, and the other way round.
+        if (_SEAL in content or _SEALED.search(content)) and _sealed(content) != content:
             raise ValueError("its content is not what was written")
         table = pq.read_table(pa.BufferReader(content), schema=_FAILURE_SCHEMA)
         fields = table.drop_columns(["path_bytes"]).to_pylist()
         return [Failure(**{**one, "path": name}) for one, name in zip(fields, names(table), strict=True)]
 
 
-def _sealed(content: bytes, seal: bytes = _UNSEALED) -> bytes:
-    """Write the SHA-256 of a Parquet file into its own metadata, in place of `seal`; computed with zeros there."""
-    at = content.rindex(seal)  # the metadata are the end of the file
-    unsealed = content[:at] + _UNSEALED + content[at + len(seal) :]
-    return content[:at] + hashlib.sha256(unsealed).hexdigest().encode("ascii") + content[at + len(seal) :]
+def _sealed(content: bytes) -> bytes:
+    """Write the SHA-256 of a Parquet file into its own metadata, computed with zeros in its place.
+
+    It is found without the help of Parquet, which leaves out metadata that it does not understand. Raises ValueError.
+    """
+    at = content.rindex(_SEAL + _STRING) + len(_SEAL + _STRING)
+    end = at + len(_UNSEALED)
+    digest = hashlib.sha256(content[:at] + _UNSEALED + content[end:]).hexdigest()
+    return content[:at] + digest.encode("ascii") + content[end:]
 
 
 def extra_columns(schema: pa.Schema) -> pa.Schema:
@@ -404,8 +408,7 @@ class Segment:
         """
         groups = range(len(self.group_starts) - 1)
         chunks = [self._metadata.row_group(i).column(self._metadata.num_columns - 1) for i in groups]
-        in_one_piece = _ONE_PAGE.items() <= (self._metadata.metadata or {}).items()
-        if in_one_piece and all(chunk.compression == "UNCOMPRESSED" for chunk in chunks):
+        if _ONE_PAGE.items() <= (self._metadata.metadata or {}).items():  # never compressed: see write_segment
             ends = np.array([c.data_page_offset + c.total_compressed_size for c in chunks], dtype=np.int64)
             return self._map, ends - 2 * self._dim * np.diff(self.group_starts)
         columns = [self._open().read_row_group(i, columns=["embedding"])["embedding"] for i in groups]

@@ -729,7 +729,9 @@ def test_damaged_segment(store, damage, tmp_path):
         file.write_bytes(content[:position] + b"\xff" * 16 + content[position + 16 :])
     else:
         file.write_bytes(new[damage])
-    with pytest.raises(StoreCorrupt, match=rf"{file.name} is .*index --repair  takes in what is there") as caught:
+    with pytest.raises(
+        StoreCorrupt, match=rf"{file.name} is .*take in again what is still there with  diptych index --repair$"
+    ) as caught:
         Store.open(store.path).search(unit(1), 3)
     assert "\n" not in str(caught.value)
     wrong = store.check()
