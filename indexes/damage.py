@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from indexes.errors import StoreError
+from indexes.errors import StoreCorrupt, StoreError
 from indexes.manifest import (
     ANN_FILE,
     FAILURES,
@@ -88,7 +89,7 @@ def _wrong(folder: Path, manifest: Manifest) -> list[str]:
 
 def _fits(folder: Path, manifest: Manifest) -> bool:
     """Whether the ids rise, none is given twice, and the rows are as many as the manifest says."""
-    segments = [Segment(folder / SEGMENTS / ref.file, ref.rows, manifest.model.dim) for ref in manifest.segments]
+    segments = [Segment(folder / SEGMENTS / ref.file, ref, manifest.model.dim) for ref in manifest.segments]
     ids = np.concatenate([np.empty(0, np.int64), *(segment.ids for segment in segments)])
     rising = bool((np.diff(ids) > 0).all() and (ids < manifest.next_id).all())
     return rising and np.count_nonzero(~np.isin(ids, _deleted(folder, manifest))) == manifest.rows
@@ -97,9 +98,12 @@ def _fits(folder: Path, manifest: Manifest) -> bool:
 def lost(folder: Path, manifest: Manifest, ref: SegmentRef) -> str:
     """Say which rows a damaged or missing segment held: how many, their ids, and paths as far as they can be read."""
     first, end = _ids(folder, manifest, ref)
-    gone = _deleted(folder, manifest)
+    try:
+        gone = _deleted(folder, manifest)
+    except (OSError, StoreError):
+        gone = np.array(manifest.tombstones, np.int64)
     rows = ref.rows - int(np.count_nonzero((gone >= first) & (gone < end)))
-    paths = _paths(folder / SEGMENTS / ref.file, ref.rows, manifest.model.dim, gone)
+    paths = _paths(folder / SEGMENTS / ref.file, ref, manifest.model.dim, gone)
     said = f"{rows:,} row{'' if rows == 1 else 's'} (ids between {first} and {end - 1})"
     if not paths:
         return f"{said}, whose paths cannot be read"
@@ -128,8 +132,10 @@ def repair(folder: Path) -> Repaired:
     bad = [s for s in manifest.segments if whole(folder / SEGMENTS / s.file, s.sha256)]
     if not bad:
         return Repaired()
-    dead = _filed(folder, manifest) if manifest.deleted else np.empty(0, np.int64)
-    dead = np.union1d(dead, np.array(manifest.tombstones, np.int64))
+    try:
+        dead = _deleted(folder, manifest)
+    except FileNotFoundError as error:
+        raise StoreCorrupt(missing(folder, manifest, Path(os.fsdecode(error.filename)))) from error
     for ref in bad:
         first, end = _ids(folder, manifest, ref)
         dead = dead[(dead < first) | (dead >= end)]
@@ -153,21 +159,10 @@ def repair(folder: Path) -> Repaired:
     return Repaired(manifest.rows - after.rows, tuple(ref.file for ref in bad))
 
 
-def _filed(folder: Path, manifest: Manifest) -> NDArray[np.int64]:
-    """Read the file of deleted ids. Raises StoreCorrupt."""
-    assert manifest.deleted is not None
-    file = folder / manifest.deleted.file
-    if wrong := whole(file, manifest.deleted.sha256):
-        raise StoreError(f"{wrong}: {remedy(file)}")
-    return read_deleted(file, manifest.deleted.rows)
-
-
 def _deleted(folder: Path, manifest: Manifest) -> NDArray[np.int64]:
-    """Ids of deleted rows, as far as they can be read."""
-    filed = np.empty(0, np.int64)
-    if manifest.deleted:
-        with contextlib.suppress(StoreError):
-            filed = _filed(folder, manifest)
+    """Ids of deleted rows. Raises FileNotFoundError, StoreCorrupt."""
+    ref = manifest.deleted
+    filed = read_deleted(folder / ref.file, ref) if ref else np.empty(0, np.int64)
     return np.union1d(filed, np.array(manifest.tombstones, np.int64))
 
 
@@ -179,18 +174,18 @@ def _ids(folder: Path, manifest: Manifest, ref: SegmentRef) -> tuple[int, int]:
         for other in others:
             file = folder / SEGMENTS / other.file
             if whole(file, other.sha256) is None and other.rows:
-                return int(Segment(file, other.rows, manifest.model.dim).ids[end])
+                return int(Segment(file, other, manifest.model.dim).ids[end])
         return otherwise
 
     first = edge(manifest.segments[:at][::-1], -1, -1) + 1
     return first, edge(manifest.segments[at + 1 :], 0, manifest.next_id)
 
 
-def _paths(file: Path, rows: int, dim: int, gone: NDArray[np.int64]) -> list[str]:
+def _paths(file: Path, ref: SegmentRef, dim: int, gone: NDArray[np.int64]) -> list[str]:
     """Paths of rows that count, from the row groups that can still be read."""
     found: list[str] = []
     try:
-        segment = Segment(file, rows, dim)
+        segment = Segment(file, ref, dim)
         groups = len(segment.group_starts) - 1
     except (OSError, StoreError):
         return found

@@ -505,8 +505,11 @@ def import_parts(
         if check:
             check(Store.open(aside))
         aside.replace(path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    except (OSError, StoreError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        raise cannot_write(path, cause) from error  # by its own name, not the one that it has until it is whole
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return Imported(**counts)

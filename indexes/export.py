@@ -29,6 +29,7 @@ LAYOUTS = (NPY, CLIP_RETRIEVAL)
 ROWS_PER_PART = 1_000_000  # as clip-retrieval writes them
 FAISS_KIND = "SQfp16"  # inner products with float16 rows: what the vectors are, in half the memory of Flat
 _BLOCK = 2048
+_ZEROS = 1 << 20
 _NOWHERE = -1
 
 
@@ -168,7 +169,7 @@ def _write_table(table: pa.Table, file: Path, mark: Mark) -> None:
 def _copy(store: Store, files: Sequence[tuple[Path, NDArray[np.int64]]], dtype: type[np.floating[Any]]) -> None:
     """Write the vectors at some positions, in any order and repeated at will, reading each group of rows once."""
     dim = store.model.dim
-    outs = [np.lib.format.open_memmap(f, mode="w+", dtype=dtype, shape=(len(p), dim)) for f, p in files]
+    outs = [_mapped(file, (len(positions), dim), dtype) for file, positions in files]
     orders = [np.argsort(positions, kind="stable") for _, positions in files]
     sorted_ = [positions[order] for (_, positions), order in zip(files, orders, strict=True)]
     for first, vectors in _groups(store, dtype):
@@ -178,6 +179,16 @@ def _copy(store: Store, files: Sequence[tuple[Path, NDArray[np.int64]]], dtype: 
                 out[order[begin:end]] = vectors[positions[begin:end] - first]
     for out in outs:
         out.flush()
+
+
+def _mapped(file: Path, shape: tuple[int, int], dtype: type[np.floating[Any]]) -> Any:
+    """Map a new .npy file. It is filled with zeros first: a disk that is full later kills who writes to the map."""
+    out = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+    with file.open("r+b") as stream:
+        stream.seek(out.offset)
+        for start in range(0, out.nbytes, _ZEROS):
+            stream.write(bytes(min(_ZEROS, out.nbytes - start)))
+    return out
 
 
 def _groups(store: Store, dtype: type[np.floating[Any]]) -> Iterator[tuple[int, NDArray[Any]]]:

@@ -44,13 +44,15 @@ UNVERIFIED = "unverified"  # in place of a fingerprint: a model that was only na
 class SegmentRef:
     """One immutable file of rows below ``segments/``; ``rows`` counts deleted ones too, as long as they are in it.
 
-    ``texts`` of them are sentences, the others pictures.
+    ``texts`` of them are sentences, the others pictures. ``footer`` is the SHA-256 of the end of the file, which tells
+    Parquet what lies where and is looked at before it is believed; "" in segments of older releases.
     """
 
     file: str
     rows: int
     sha256: str
     texts: int = 0
+    footer: str = ""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from indexes.vectors import Vectors
 
 _GROUP = 2048  # rows read at a time when a few are wanted: 2 MB of embeddings at 512 dimensions
 _SEAL, _STRING, _UNSEALED = b"diptych.sha256", b"\x18@", b"0" * 64  # the second is Thrift's for a string of 64 bytes
+_TAIL = 8  # bytes behind a Parquet file's footer: its length, and a mark
 _SEALED = re.compile(_STRING + rb"[0-9a-f]{64}")
 _ONE_PAGE = {b"diptych.embedding": b"one page for each row group"}
 _SIGN_AND_HALF = np.int32(0x8FFFE000 - (1 << 32))  # float32's sign, and where the other 15 bits of a float16 go
@@ -276,7 +277,17 @@ def write_segment(file: Path, tables: Iterable[pa.Table], dim: int, extra: pa.Sc
             writer.write_table(table.cast(schema), row_group_size=_GROUP)
             rows += len(table)
             texts += pc.sum(pc.equal(table["kind"], "text")).as_py() or 0
-    return SegmentRef(file.name, rows, sha256_of(file), texts)
+    with file.open("rb") as written:
+        written.seek(-_TAIL, os.SEEK_END)
+        length = footer_length(written.read())
+        written.seek(-length, os.SEEK_END)
+        footer = hashlib.sha256(written.read()).hexdigest()
+    return SegmentRef(file.name, rows, sha256_of(file), texts, footer)
+
+
+def footer_length(tail: bytes) -> int:
+    """How many bytes at the end of a Parquet file are its footer, its length and its mark; from the last eight."""
+    return int.from_bytes(tail[:4], "little") + _TAIL
 
 
 def with_embeddings(rows: pa.Table, halves: NDArray[np.float16]) -> pa.Table:
@@ -299,16 +310,15 @@ def write_deleted(file: Path, ids: NDArray[np.int64]) -> DeletedRef:
     return DeletedRef(file.name, len(ids), sha256_of(file))
 
 
-def read_deleted(file: Path, rows: int) -> NDArray[np.int64]:
+def read_deleted(file: Path, ref: DeletedRef) -> NDArray[np.int64]:
     """Read what `write_deleted` wrote. Raises FileNotFoundError, StoreCorrupt."""
     import pyarrow.parquet as pq
 
-    stream = pa.OSFile(os.fsencode(file))
-    with _reading(file), stream:
-        ids: NDArray[np.int64] = pq.read_table(stream, schema=_DELETED_SCHEMA)["id"].to_numpy()
-        if len(ids) != rows:
-            raise ValueError(f"{len(ids)} rows instead of {rows}")
-        return ids
+    with file.open("rb") as stream, _reading(file):
+        content = stream.read()
+        if hashlib.sha256(content).hexdigest() != ref.sha256:  # else deleted rows would come back, and others go
+            raise ValueError("its content is not what was written")
+        return pq.read_table(pa.BufferReader(content), schema=_DELETED_SCHEMA)["id"].to_numpy()  # type: ignore[no-any-return]
 
 
 class Segment:
@@ -317,9 +327,9 @@ class Segment:
     Reading raises StoreCorrupt with the file's name when it is damaged.
     """
 
-    def __init__(self, file: Path, rows: int, dim: int) -> None:
+    def __init__(self, file: Path, ref: SegmentRef, dim: int) -> None:
         """Open and map the file. Raises OSError."""
-        self.file, self.rows, self._dim = file, rows, dim
+        self.file, self.rows, self._footer, self._dim = file, ref.rows, ref.footer, dim
         self._stream = pa.OSFile(os.fsencode(file))  # bytes: Arrow takes no names with surrogate escapes
         with file.open("rb") as opened:  # an empty file cannot be mapped; reading it says what is wrong
             empty = not os.fstat(opened.fileno()).st_size
@@ -331,6 +341,7 @@ class Segment:
         import pyarrow.parquet as pq
 
         with _reading(self.file):
+            self._check_footer()
             opened = pq.ParquetFile(self._stream)
             if opened.metadata.num_rows != self.rows:
                 raise ValueError(f"{opened.metadata.num_rows} rows instead of {self.rows}")
@@ -339,6 +350,18 @@ class Segment:
             if not opened.schema_arrow.equals(expected) or not is_extra(extra, _TAKEN):
                 raise ValueError("other columns than expected")
             return opened.metadata
+
+    def _check_footer(self) -> None:
+        """Look for damage in what Arrow believes: asked for a codec that does not exist, it ends the process."""
+        self._check_size()
+        footer = self._map[-footer_length(self._map[-_TAIL:]) :]
+        if self._footer and hashlib.sha256(footer).hexdigest() != self._footer:
+            raise ValueError("its footer is not what was written")
+
+    def _check_size(self) -> None:
+        """Touching what is not there any more kills the process."""
+        if isinstance(self._map, mmap.mmap) and self._map.size() != len(self._map):
+            raise ValueError("its size has changed")
 
     @functools.cached_property
     def extra(self) -> pa.Schema:
@@ -394,9 +417,8 @@ class Segment:
         return unit_rows(halves, self.file)
 
     def _located(self) -> tuple[Any, NDArray[np.int64]]:
-        """`_embeddings`, unless the file was cut short since: touching what is not there any more kills the process."""
-        if isinstance(self._map, mmap.mmap) and self._map.size() != len(self._map):
-            raise ValueError("its size has changed")
+        """`_embeddings`, unless the file was cut short since."""
+        self._check_size()
         return self._embeddings
 
     @functools.cached_property

@@ -42,7 +42,7 @@ class Snapshot:
         self.folder = folder
         self.manifest: Manifest = manifest
         self.segments: list[Segment] = [
-            held.get(ref) or Segment(folder / SEGMENTS / ref.file, ref.rows, dim) for ref in manifest.segments
+            held.get(ref) or Segment(folder / SEGMENTS / ref.file, ref, dim) for ref in manifest.segments
         ]
         self._starts = np.cumsum([0, *(segment.rows for segment in self.segments)], dtype=np.int64)
         self._columns: dict[str, pa.ChunkedArray] = {}
@@ -56,7 +56,7 @@ class Snapshot:
         if before and before.manifest.deleted == manifest.deleted:
             self.filed = before.filed
         elif manifest.deleted:
-            self.filed = read_deleted(folder / manifest.deleted.file, manifest.deleted.rows)
+            self.filed = read_deleted(folder / manifest.deleted.file, manifest.deleted)
 
     @classmethod
     def open(cls, folder: Path, before: Snapshot | None = None) -> Snapshot:

@@ -134,11 +134,11 @@ def test_every_kind_of_column_is_brought_to_one_that_an_index_holds(tmp_path):
         rows = rows.append_column(name, found[name])
     extra = extra_columns(rows.schema)
     table = with_embeddings(with_columns(rows, extra), np.ones((2, 1), np.float16))
-    write_segment(tmp_path / "00000001.parquet", [table], 1, extra)
+    ref = write_segment(tmp_path / "00000001.parquet", [table], 1, extra)
     from indexes.segments import Segment
 
     assert (
-        Segment(tmp_path / "00000001.parquet", 2, 1).group(0).select(found.column_names).to_pydict()
+        Segment(tmp_path / "00000001.parquet", ref, 1).group(0).select(found.column_names).to_pydict()
         == found.to_pydict()
     )
 
