@@ -26,7 +26,7 @@ from indexes.vectors import Vectors
 from retrieval.bundle import Bundle
 from retrieval.duplicates import Duplicates, Grade, Thresholds, find_duplicates
 from retrieval.encoders import BUILTIN, Encoder, data_folder, find_bundle, lasting_spec, load_encoder
-from retrieval.errors import ImageError, UsageError
+from retrieval.errors import ImageError, ModelError, UsageError
 from retrieval.images import MAX_PIXELS, read_photo
 from retrieval.indexing import IndexReport, Progress, Run, Source
 from retrieval.pair_formats import is_pattern
@@ -318,9 +318,12 @@ class Library:
         """Recompute every checksum of the index, and its model's fingerprint; a line for each thing that is wrong."""
         problems = self.store.check()
         verified = self.store.model.fingerprint != UNVERIFIED
-        folder = find_bundle(self.store.model.name) if verified else None
-        if folder is not None:
-            bundle = Bundle.load(folder)
+        try:
+            folder = find_bundle(self.store.model.name) if verified else None
+            bundle = Bundle.load(folder) if folder is not None else None
+        except ModelError as error:  # what is wrong with the index is told all the same
+            return [*problems, f"its model cannot be checked: {error}"]
+        if bundle is not None:
             if bundle.compute_fingerprint() != bundle.fingerprint:
                 problems.append(f"the model in {folder} is damaged: its files do not fit its fingerprint")
             if bundle.fingerprint != self.store.model.fingerprint:

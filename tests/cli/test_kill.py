@@ -16,11 +16,12 @@ import pytest
 from PIL import Image
 
 from indexes.errors import StoreNotFound
-from indexes.store import Store
+from indexes.store import Store, Wanted
 from indexes.vectors import as_vectors
 from retrieval.encoders import load_encoder
 from retrieval.library import Library
 from tests.fakes import ColourEncoder
+from tests.indexes.test_vectors import assert_same, brute
 from tests.odd_photos import real_photos
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +47,16 @@ library = opened(folder, encoder=Slow())
 print("go", flush=True)
 library.index()
 """
+
+# The same over folders that change, with thresholds so small that it merges, moves deleted ids to their file and builds
+# a FAISS index all the time.
+BUSY = (
+    QUICK.replace(
+        "from indexes import writer\n", "from indexes import store, writer\nfrom indexes.store import Wanted\n"
+    )
+    .replace("_BATCH = 10, 4\n", "_BATCH = 10, 4\nwriter._TOMBSTONES, writer._SEGMENTS, store._STALE_ROWS = 5, 2, 10\n")
+    .replace("library.index()", "library.index(wanted=Wanted(sys.argv[2]))")
+)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +157,61 @@ def test_17_kills_of_a_quick_run(photos, tmp_path):
             known = 0
     assert at_work >= 12
     assert any(0 < count < 148 for count in seen)  # kills that met half a run
+
+
+def kills_over_a_changing_folder(photos, tmp_path, kills):
+    """Pictures come, go and move between the runs; each run is killed, and wants another FAISS index than the last."""
+    encoder, chance = ColourEncoder(), random.Random(kills)
+    folder, aside = tmp_path / "photos", tmp_path / "aside"
+    folder.mkdir()
+    aside.mkdir()
+    for i, file in enumerate(sorted(photos.rglob("*.png"))):
+        if file.stat().st_size > 100:
+            shutil.copyfile(file, (folder if i % 2 else aside) / f"{i:03}.png")
+    known: set[str] = set()  # committed, and still in the folder
+    buried: set[str] = set()  # not in the folder, nor in the index any more
+    at_work = 0
+    for _ in range(kills):
+        at_work += kill_after(
+            chance.uniform(0, 0.5), BUSY, folder, chance.choice(["Flat", "SQ8", "exact"]), wait_for=b"go\n"
+        )
+        there = {file.name for file in folder.glob("*.png")}
+        if (folder / ".diptych" / "manifest.json").exists():
+            store = Store.open(folder / ".diptych")
+            assert store.check() == []
+            paths = store.paths()
+            assert len(set(paths)) == len(paths)
+            assert known <= set(paths)  # nothing finished is lost
+            assert not buried & set(paths)  # nothing deleted comes back
+            places = [folder / name if name in there else aside / name for name in paths]
+            if paths:
+                vectors = np.concatenate([encoder.encode_images([Image.open(p).convert("RGB")]) for p in places])
+                np.testing.assert_allclose(store.vectors(), as_vectors(vectors.astype(np.float16)), atol=1e-3)
+            queries = as_vectors(np.random.default_rng(0).standard_normal((2, 3)))
+            if store.ann is None or store.ann.factory == "Flat":
+                assert_same(store.search(queries, 9), brute(store.vectors(), queries, 9))
+            known = set(paths) & there
+            buried = {name for name in (file.name for file in aside.glob("*.png")) if name not in paths}
+        for name in chance.sample(sorted(there), min(len(there), 8)):
+            (folder / name).rename(aside / name)
+            known.discard(name)
+        for name in chance.sample(sorted(file.name for file in aside.glob("*.png")), 10):
+            (aside / name).rename(folder / name)
+            buried.discard(name)
+    assert at_work >= kills // 2
+    library = Library.open(folder, encoder=encoder)
+    library.index(wanted=Wanted("exact"))
+    assert sorted(library.store.paths()) == sorted(file.name for file in folder.glob("*.png"))
+    assert (library.store.check(), list((folder / ".diptych").rglob("*.tmp"))) == ([], [])
+
+
+def test_6_kills_over_a_changing_folder(photos, tmp_path):
+    kills_over_a_changing_folder(photos, tmp_path, 6)
+
+
+@pytest.mark.slow
+def test_100_kills_over_a_changing_folder(photos, tmp_path):
+    kills_over_a_changing_folder(photos, tmp_path, 100)
 
 
 def test_3_kills_of_the_command(photos, tmp_path):
