@@ -269,6 +269,7 @@ def write_segment(file: Path, tables: Iterable[pa.Table], dim: int, extra: pa.Sc
             compression={**dict.fromkeys(columns, "zstd"), "embedding.list.element": "none"},
             use_dictionary=["kind"],
             write_statistics=["id"],
+            write_page_checksum=True,
             data_page_size=1 << 30,  # one page for each row group: its embeddings lie in one piece, see Segment.halves
         ) as writer,
     ):
@@ -383,23 +384,27 @@ class Segment:
     def columns(self, *names: str) -> pa.Table:
         """All rows of some columns."""
         with _reading(self.file):
-            return self._open().read(list(names), use_threads=False)
+            return _of_length(self._open().read(list(names), use_threads=False), self.rows)
 
     def group(self, i: int, *names: str) -> pa.Table:
         """One row group: some columns, or all."""
         with _reading(self.file):
-            return self._open().read_row_group(i, columns=list(names) or None)
+            return _of_length(self._open().read_row_group(i, columns=list(names) or None), self._rows_of(i))
 
     def facts(self, i: int) -> pa.Table:
         """One row group, all columns but the embeddings."""
         with _reading(self.file):
-            return self._open().read_row_group(i, columns=[*ROW_SCHEMA.names, *self.extra.names], use_threads=False)
+            columns = [*ROW_SCHEMA.names, *self.extra.names]
+            return _of_length(self._open().read_row_group(i, columns=columns, use_threads=False), self._rows_of(i))
+
+    def _rows_of(self, group: int) -> int:
+        return int(self.group_starts[group + 1] - self.group_starts[group])
 
     def halves(self, i: int) -> NDArray[np.float16]:
         """The embeddings of one row group as stored: (n, D) float16, a view of the mapped file."""
         with _reading(self.file):
             data, offsets = self._located()
-            rows = int(self.group_starts[i + 1] - self.group_starts[i])
+            rows = self._rows_of(i)
             if data is self._map:
                 _advise(data, "MADV_WILLNEED", int(offsets[i]), 8 * self._dim * rows)  # this group and those behind it
             return np.frombuffer(data, np.float16, rows * self._dim, int(offsets[i])).reshape(rows, self._dim)
@@ -440,7 +445,8 @@ class Segment:
     def _open(self) -> Any:
         import pyarrow.parquet as pq
 
-        return pq.ParquetFile(self._stream, metadata=self._metadata)  # cheap; one for each thread that reads
+        # Cheap; one for each thread that reads.
+        return pq.ParquetFile(self._stream, metadata=self._metadata, page_checksum_verification=True)
 
 
 def _advise(mapped: Any, advice: str, start: int = 0, length: int = 0) -> None:
@@ -496,6 +502,13 @@ def unit_rows(halves: NDArray[np.float16], file: Path) -> Vectors:
         raise damaged(file, "a vector is zero or not a number")
     wide /= lengths[:, None]
     return wide
+
+
+def _of_length(table: pa.Table, rows: int) -> pa.Table:
+    """Pass a table on. A damaged page may come back short, where its checksum, that of its content, is right."""
+    if any(len(column) != rows for column in table.columns):
+        raise ValueError(f"{len(table)} rows instead of {rows}")
+    return table
 
 
 def _segment_schema(dim: int, extra: pa.Schema = NO_COLUMNS) -> pa.Schema:

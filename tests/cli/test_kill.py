@@ -171,9 +171,9 @@ def kills_over_a_changing_folder(photos, tmp_path, kills):
     known: set[str] = set()  # committed, and still in the folder
     buried: set[str] = set()  # not in the folder, nor in the index any more
     at_work = 0
-    for _ in range(kills):
+    while at_work < kills:  # runs that were done before do not count
         at_work += kill_after(
-            chance.uniform(0, 0.5), BUSY, folder, chance.choice(["Flat", "SQ8", "exact"]), wait_for=b"go\n"
+            chance.uniform(0, 0.25), BUSY, folder, chance.choice(["Flat", "SQ8", "exact"]), wait_for=b"go\n"
         )
         there = {file.name for file in folder.glob("*.png")}
         if (folder / ".diptych" / "manifest.json").exists():
@@ -192,13 +192,13 @@ def kills_over_a_changing_folder(photos, tmp_path, kills):
                 assert_same(store.search(queries, 9), brute(store.vectors(), queries, 9))
             known = set(paths) & there
             buried = {name for name in (file.name for file in aside.glob("*.png")) if name not in paths}
-        for name in chance.sample(sorted(there), min(len(there), 8)):
+        for name in chance.sample(sorted(there), min(len(there), 9)):
             (folder / name).rename(aside / name)
             known.discard(name)
-        for name in chance.sample(sorted(file.name for file in aside.glob("*.png")), 10):
+        outside = sorted(file.name for file in aside.glob("*.png"))
+        for name in chance.sample(outside, min(len(outside), 9)):
             (aside / name).rename(folder / name)
             buried.discard(name)
-    assert at_work >= kills // 2
     library = Library.open(folder, encoder=encoder)
     library.index(wanted=Wanted("exact"))
     assert sorted(library.store.paths()) == sorted(file.name for file in folder.glob("*.png"))

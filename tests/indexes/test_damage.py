@@ -154,6 +154,51 @@ print(seen == len(range(footer, len(content), 3)))
     file.write_bytes(content)
 
 
+def reading_damaged_columns(folder: Path, step: int) -> None:
+    """A reader of a few rows gets what was written, or StoreCorrupt: never half a row, nor Arrow's or Python's errors.
+
+    A single row, so that its values lie in the file as they are, not compressed.
+    """
+    store = Store.create(folder / "index", folder, MODEL)
+    when = datetime(2020, 1, 1)
+    row = Row(
+        path="smörgås.jpg",
+        size=1,
+        mtime_ns=2,
+        hash="f" * 64,
+        taken_at=when,
+        caption="häh",
+        columns={"t": ["ä"], "w": when},
+    )
+    with store.write() as writer:
+        writer.add(row, vector(0))
+    (file,) = segments(store)
+    content, noticed = file.read_bytes(), 0
+    for at in range(0, len(content), step):
+        for bits in (1, 128):
+            file.write_bytes(content[:at] + bytes([content[at] ^ bits]) + content[at + 1 :])
+            for read in (
+                lambda one: one.row(0),
+                lambda one: one.rows().to_pylist(),
+                lambda one: one.columns("id", "hash"),
+            ):
+                try:
+                    read(Store.open(store.path))
+                except StoreCorrupt:
+                    noticed += 1
+            assert any(file.name in line for line in store.check())
+    assert noticed > len(content) // step
+
+
+def test_damaged_columns_are_noticed_where_they_are_read(tmp_path):
+    reading_damaged_columns(tmp_path, 9)
+
+
+@pytest.mark.slow
+def test_every_byte_of_damaged_columns(tmp_path):
+    reading_damaged_columns(tmp_path, 1)
+
+
 def test_a_flipped_byte_among_the_deleted_ids_brings_nothing_back(store):
     (file,) = store.path.glob("deleted-*")
     content = file.read_bytes()
