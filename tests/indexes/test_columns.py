@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from datetime import date, datetime, timedelta, timezone
 
 import numpy as np
@@ -179,6 +180,8 @@ def test_values_that_no_column_holds(store, value):
 def test_a_file_with_columns_that_nobody_wrote_is_damaged(store):
     put(store, {"a": 1})
     (file,) = (store.path / "segments").iterdir()
+    manifest = store.snapshot.manifest  # of a release that noted no checksum of the footer
+    replace(manifest, segments=(replace(manifest.segments[0], footer=""),)).write(store.path)
     table = pq.read_table(file)
     for field, values in (
         (pa.field("size", pa.int64()), [1]),
