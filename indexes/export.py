@@ -24,6 +24,7 @@ from indexes.errors import ExchangeError, StoreError
 from indexes.exchange import CLIP_RETRIEVAL, MARK, METADATA, NPY, VECTORS, Mark
 from indexes.segments import unit_rows
 from indexes.store import Store
+from indexes.vectors import as_vectors
 
 LAYOUTS = (NPY, CLIP_RETRIEVAL)
 ROWS_PER_PART = 1_000_000  # as clip-retrieval writes them
@@ -213,7 +214,7 @@ def _write_faiss(files: Sequence[Path], index_file: Path, kind: str) -> None:
             raise RuntimeError("it needs training; give a kind that needs none: SQfp16, Flat, HNSW32")
         for array in arrays:
             for start in range(0, len(array), _BLOCK):
-                index.add(unit_rows(np.asarray(array[start : start + _BLOCK]), index_file))
+                index.add(as_vectors(array[start : start + _BLOCK]))
     except RuntimeError as error:
         raise ExchangeError(f"FAISS cannot write an index of kind {kind!r}: {str(error).splitlines()[0]}") from error
     with index_file.open("wb") as stream:
