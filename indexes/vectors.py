@@ -33,6 +33,7 @@ _MORE = 16  # rows asked for beyond k, so that a tie at rank k is usually whole 
 _NAMED = 3  # bad rows that a message names
 _POINTS, _FEWEST = 64, 39  # training rows for each centroid: enough, and what FAISS wants at least
 _TRAINING = 65_536  # rows that kinds without centroids are trained on: quantisers' ranges, rotations
+_AXES = 32_768  # of them, those that principal axes are found from
 _MAPPED = 256 << 20  # bytes of a FAISS file from which on it is mapped instead of read
 _FAISS_PLACE = re.compile(r"^Error in .*? at \S+:\d+: ")
 _FACTORY = b"\ndiptych factory "  # FAISS files do not say which factory string made them; readers ignore what follows
@@ -210,7 +211,9 @@ class VectorIndex:
             index, points = _untrained(factory, dim, rows)
             if rows:
                 if not index.is_trained:
-                    index.train(sample(min(rows, max(points, _TRAINING))))
+                    training = sample(min(rows, max(points, _TRAINING)))
+                    _train_axes(index, training)
+                    index.train(training)
                 for block in blocks:
                     index.add(block)
         return cls(index, factory)
@@ -418,6 +421,21 @@ def _building(factory: str, rows: int) -> Iterator[None]:
         raise VectorError(
             f"FAISS cannot build an index of kind {factory!r} on {rows:,} vectors: {_reason(error)}"
         ) from error
+
+
+def _train_axes(index: Any, sample: Vectors) -> None:
+    """Train principal axes about zero, and not about the mean as FAISS does.
+
+    Of vectors with their mean taken off, products are no longer those of the vectors: each row's product with the mean
+    is missing. A sample beside its negative has no mean.
+    """
+    faiss = runtime.faiss()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        step = faiss.downcast_VectorTransform(index.chain.at(0))
+        if isinstance(step, faiss.PCAMatrix):
+            some = sample[:: max(1, len(sample) // _AXES)]
+            step.train(np.concatenate([some, -some]))
 
 
 def _untrained(factory: str, dim: int, rows: int) -> tuple[Any, int]:
