@@ -1,11 +1,12 @@
-"""What every command shares: the app, options of the same name, exit codes, and how an index is found."""
+"""What commands share: options of the same name, exit codes, and how an index is found."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from cli import render
 from indexes.errors import StoreNotFound
@@ -13,57 +14,38 @@ from indexes.errors import StoreNotFound
 if TYPE_CHECKING:
     from retrieval.library import Library
 
-USER_ERROR, WITH_FAILURES, INTERRUPTED = 1, 3, 130  # 0 is success, 2 is typer's for wrong usage
-
-app = typer.Typer(
-    name="diptych",
-    help="Make a folder of photos searchable by sentence, measure the retriever, train a better one.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-models_app = typer.Typer(help="List, import and export models.", no_args_is_help=True)
-app.add_typer(models_app, name="models")
-
-IndexOption = Annotated[
-    Path | None,
-    typer.Option("--index", help="The index itself, where it does not lie in FOLDER/.diptych or FILE.diptych."),
-]
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        help="builtin, an imported name, a bundle's folder, or open_clip's NAME/PRETRAINED, hf-hub:…, local-dir:….",
-    ),
-]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …; bundles run on the CPU.")]
-ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="Threads of the model; default: all this process may use.")
-]
-PreprocessOption = Annotated[
-    str | None,
-    typer.Option(help="Only for a bare checkpoint: the open_clip tag it was trained like, or a JSON file."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
+USER_ERROR, WITH_FAILURES, INTERRUPTED = 1, 3, 130  # 0 is success, 2 is click's for wrong usage
 LOCK_SECONDS = 2.0  # that a command waits for another one's writing
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
+class Number(click.FloatRange):
+    """A number in a range; NaN, which no comparison refuses, is none."""
 
-        typer.echo(f"diptych {version('diptych')}")
-        raise typer.Exit
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """See click."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail("it must be a number", param, ctx)
+        return float(number)
 
 
-@app.callback()
-def _main(
-    _version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None:
-    pass
+PATH = click.Path(path_type=Path)
+
+index_option = click.option(
+    "--index", type=PATH, help="The index itself, where it does not lie in FOLDER/.diptych or FILE.diptych."
+)
+model_option = click.option(
+    "--model",
+    help="builtin, an imported name, a bundle's folder, or open_clip's NAME/PRETRAINED, hf-hub:…, local-dir:….",
+)
+device_option = click.option("--device", default="cpu", help="cpu, cuda, …; bundles run on the CPU.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads of the model; default: all this process may use."
+)
+preprocess_option = click.option(
+    "--preprocess", help="Only for a bare checkpoint: the open_clip tag it was trained like, or a JSON file."
+)
+json_option = click.option("--json", is_flag=True, help="JSON on standard output.")
 
 
 def open_library(folder: Path, index: Path | None, model: str | None, **loading: Any) -> Library:
@@ -104,6 +86,6 @@ def open_or_create(
 def show_page(page: Path, in_browser: bool) -> None:
     """Open a page in the browser, or say that it was written."""
     if in_browser:
-        typer.launch(page.absolute().as_uri())
+        click.launch(page.absolute().as_uri())
     else:
         render.note(f"wrote {page}")
