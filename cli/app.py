@@ -53,12 +53,17 @@ def open_library(folder: Path, index: Path | None, model: str | None, **loading:
 
     Raises what Library.open does.
     """
-    from retrieval.encoders import load_encoder
     from retrieval.library import Library
-    from retrieval.sources import check_given
 
-    check_given(folder)
-    encoder = load_encoder(model, **loading) if model else None
+    if not folder.is_dir():
+        from retrieval.sources import check_given
+
+        check_given(folder)
+    encoder = None
+    if model:
+        from retrieval.encoders import load_encoder
+
+        encoder = load_encoder(model, **loading)
     return Library.open(folder, index=index, encoder=encoder, **loading)
 
 

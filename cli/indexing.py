@@ -224,27 +224,28 @@ def search(
     preprocess: str | None,
 ) -> None:
     """Find photos by sentence, by example, or both. Scores are cosines."""
-    from indexes.filters import criteria, read_ids
-
     if math.isnan(threshold):
         raise click.BadParameter("it must be a number", param_hint="--threshold")
     terms = _terms(query, like, avoid)
     library = open_library(folder, index, model, device=device, threads=threads, preprocess=preprocess)
     below = "" if all_ else library.below(folder)
-    condition = criteria(
-        library.store.schema,
-        folder=below,
-        path=path,
-        taken_in=taken,
-        modified_in=modified,
-        width=width,
-        height=height,
-        orientations=orientation,
-        types=type_,
-        containing=words,
-        among=read_ids(ids, ids.name) if ids else None,
-        where=where,
-    )
+    asked = {
+        "path": path,
+        "taken_in": taken,
+        "modified_in": modified,
+        "width": width,
+        "height": height,
+        "orientations": orientation,
+        "types": type_,
+        "containing": words,
+        "where": where,
+    }
+    condition = None
+    if ids or any(value not in (None, ()) for value in asked.values()):
+        from indexes.filters import criteria, read_ids
+
+        among = read_ids(ids, ids.name) if ids else None
+        condition = criteria(library.store.schema, folder=below, among=among, **asked)  # type: ignore[arg-type]
     if not no_indexing:
         _catch_up(library)
     matches = library.search(terms, top, below=below, where=condition, threshold=threshold, kind=kind)

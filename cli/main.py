@@ -14,6 +14,7 @@ import click
 from cli import render
 from cli.app import INTERRUPTED, USER_ERROR
 from indexes.errors import DiptychError
+from indexes.runtime import let_blas_sleep
 
 __all__ = ["app", "run"]
 
@@ -83,6 +84,7 @@ def run() -> NoReturn:
     """Entry point: the exit codes, and the one plain line of every mistake."""
     # Closed by the caller (>&-): what is opened next would take its place and get what is printed.
     sys.stdout, sys.stderr = (stream or Path(os.devnull).open("w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    let_blas_sleep()
     code: object = 0
     try:
         code = app.main(prog_name="diptych", standalone_mode=False)

@@ -8,7 +8,6 @@ import mmap
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -22,7 +21,6 @@ from numpy.typing import NDArray
 from indexes import runtime
 from indexes.columns import aligned, check_names, decode_columns, encode_columns, is_extra, storable
 from indexes.manifest import DeletedRef, SegmentRef, damaged, replacing, sha256_of
-from indexes.tables import extras
 from indexes.vectors import Vectors
 
 _GROUP = 2048  # rows read at a time when a few are wanted: 2 MB of embeddings at 512 dimensions
@@ -142,6 +140,8 @@ def check_columns(rows: pa.Table) -> pa.Table:
         ColumnError: an extra column has a name that is taken.
 
     """
+    from indexes.tables import extras
+
     given = rows.column_names
     if twice := sorted({name for name in given if given.count(name) > 1}):
         raise ValueError(f"{', '.join(twice)}: a column must not be there twice")
@@ -475,6 +475,8 @@ def read_vectors(segments: Sequence[Segment], dim: int) -> Vectors:
         for task in tasks:
             read(task)
     else:
+        from concurrent.futures import ThreadPoolExecutor
+
         with ThreadPoolExecutor(runtime.thread_count()) as pool:
             list(pool.map(read, tasks))
     return out

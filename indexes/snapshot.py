@@ -15,13 +15,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from indexes.columns import aligned, unified
-from indexes.damage import missing
 from indexes.errors import StoreCorrupt, StoreError
 from indexes.manifest import ANN_FILE, SEGMENTS, Manifest
 from indexes.segments import ROW_SCHEMA, Row, Segment, decode_row, names, read_deleted, read_vectors, unit_rows
 from indexes.vectors import Hits, VectorIndex, Vectors, exact_search, ranked, rescored
 
-_FEW = 8  # one row group in so many at most is read for single rows; for more, whole columns are
+_FEW = 2  # one row group in so many at most is read for single rows; for more, whole columns are
 _HELD = 256 << 20  # bytes of vectors, widened to float32, that exact search holds; more are read a block at a time
 _BLOCK = 16_384  # rows
 
@@ -70,6 +69,8 @@ class Snapshot:
                     files = [folder / SEGMENTS / segment.file for segment in manifest.segments]
                     files += [folder / manifest.deleted.file] if manifest.deleted else []
                     file = next((file for file in files if not file.exists()), files[0])
+                    from indexes.damage import missing
+
                     raise StoreCorrupt(missing(folder, manifest, file)) from error
             except OSError as error:
                 raise StoreError(f"the index at {folder} cannot be read: {error}") from error
