@@ -31,6 +31,9 @@ _COMMANDS = {
     "train": "training",
     "models": "models",
 }
+# Taking Python and its libraries apart takes a fifth of a search's time. Where nothing was begun that an exit would end
+# (no workers, no threads, nothing unwritten), the system does it at once.
+_READING = (["search"], ["info"])
 
 
 class _Commands(click.Group):
@@ -108,7 +111,11 @@ def run() -> NoReturn:
         code = leaving.code
     if code == INTERRUPTED:
         render.note("interrupted; everything finished so far is kept")
-    sys.exit(_flushed(code))  # type: ignore[arg-type]
+    code = _flushed(code)
+    if sys.argv[1:2] in _READING and (code is None or isinstance(code, int)):
+        sys.stderr.flush()
+        os._exit(code or 0)
+    sys.exit(code)  # type: ignore[arg-type]
 
 
 def _flushed(code: object) -> object:

@@ -389,7 +389,9 @@ class Segment:
     def group(self, i: int, *names: str) -> pa.Table:
         """One row group: some columns, or all."""
         with _reading(self.file):
-            return _of_length(self._open().read_row_group(i, columns=list(names) or None), self._rows_of(i))
+            return _of_length(
+                self._open().read_row_group(i, columns=list(names) or None, use_threads=False), self._rows_of(i)
+            )
 
     def facts(self, i: int) -> pa.Table:
         """One row group, all columns but the embeddings."""
