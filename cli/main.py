@@ -16,7 +16,7 @@ from cli.app import INTERRUPTED, USER_ERROR
 from indexes.errors import DiptychError
 from indexes.runtime import let_blas_sleep
 
-__all__ = ["app", "run"]
+__all__ = ["app", "main", "run"]
 
 # In the order in which `diptych --help` lists them, each in the module of this package that declares it.
 _COMMANDS = {
@@ -84,10 +84,21 @@ app = _Commands(
 
 
 def run() -> NoReturn:
-    """Entry point: the exit codes, and the one plain line of every mistake."""
+    """Entry point of the process `diptych`."""
+    let_blas_sleep()
+    try:
+        main()
+    except SystemExit as leaving:
+        if sys.argv[1:2] in _READING and (leaving.code is None or isinstance(leaving.code, int)):
+            sys.stderr.flush()
+            os._exit(leaving.code or 0)
+        raise
+
+
+def main() -> NoReturn:
+    """The command in whatever process this is: the exit codes, and the one plain line of every mistake."""
     # Closed by the caller (>&-): what is opened next would take its place and get what is printed.
     sys.stdout, sys.stderr = (stream or Path(os.devnull).open("w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
-    let_blas_sleep()
     code: object = 0
     try:
         code = app.main(prog_name="diptych", standalone_mode=False)
@@ -111,11 +122,7 @@ def run() -> NoReturn:
         code = leaving.code
     if code == INTERRUPTED:
         render.note("interrupted; everything finished so far is kept")
-    code = _flushed(code)
-    if sys.argv[1:2] in _READING and (code is None or isinstance(code, int)):
-        sys.stderr.flush()
-        os._exit(code or 0)
-    sys.exit(code)  # type: ignore[arg-type]
+    sys.exit(_flushed(code))  # type: ignore[arg-type]
 
 
 def _flushed(code: object) -> object:
