@@ -52,6 +52,32 @@ for score, row in zip(scores[0], rows[0]):
     print(score, row)
 """
 
+# The parts of a search, one after the other in a process; each is what the ones before it leave to do.
+PARTS = {
+    "Python itself": "",
+    "click, and the command's own module": "import cli.main, cli.indexing",
+    "NumPy": "import numpy",
+    "pyarrow, with Parquet": "import pyarrow, pyarrow.parquet",
+    "own modules (and Pillow)": "import retrieval.library",
+    "opening the index": "library = retrieval.library.Library.open(Path()); library.store.schema",
+    "onnxruntime, tokenizers": "import onnxruntime, tokenizers",
+    "opening the model, one query": "vector = library.query_vector([retrieval.library.Term(sys.argv[1])])",
+    "FAISS": "import faiss",
+    "the FAISS file": "library.store.snapshot.covered",
+    "search": "library.store.search(vector[None], 10)",
+    "search again, and its rows": "library.search(vector)",
+}
+PARTS_CODE = """
+import os, sys, time
+from pathlib import Path
+from indexes.runtime import let_blas_sleep
+let_blas_sleep()
+for part in os.environ["PARTS"].split("|"):
+    exec(part)
+    print(1000 * time.process_time(), flush=True)
+os._exit(0)
+"""
+
 RCLIP_CODE = """
 import sys
 from rclip import main, model, model_download
@@ -111,6 +137,7 @@ class Process:
         self.wall.append(time.perf_counter() - began)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         self.cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        self.printed = done.stdout
         if done.returncode or len(done.stdout.splitlines()) < self.lines:
             sys.exit(f"{self.name}: status {done.returncode}\n{done.stdout}\n{done.stderr}")
 
@@ -235,6 +262,26 @@ def bars(done: dict[str, Process], rows: list[int]) -> list[str]:
     return said
 
 
+def write_parts(folder: Path, rows: int, repetitions: int) -> None:
+    """A table of where a search's time goes; what the process takes beyond its last part is its end."""
+    place = (folder / str(rows)).resolve()
+    process = own("parts", ["-c", PARTS_CODE, QUERY], place, lines=len(PARTS))
+    process.environment["PARTS"] = "|".join(PARTS.values())
+    runs = []
+    for _ in range(repetitions + 1):
+        process.run()
+        ends = [0.0, *map(float, process.printed.split()), 1000 * process.cpu[-1]]
+        runs.append(np.diff(ends))
+    milliseconds = np.median(runs[1:], axis=0)
+    write_section(
+        "Cold start: where the time goes",
+        f"`python -m benchmarks.startup` on {machine()}: milliseconds of CPU of the parts of a search "
+        f"among {rows:,} rows, one after the other in a process; medians of {repetitions}.",
+        ("part", "CPU ms"),
+        [(name, f"{took:.0f}") for name, took in zip([*PARTS, "the end of the process"], milliseconds, strict=True)],
+    )
+
+
 def main(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(arguments.folder or scratch).absolute()
@@ -244,6 +291,7 @@ def main(arguments: argparse.Namespace) -> None:
                 process.run()
                 if not turn:  # it warmed the file cache, and compiled what was not
                     process.cpu, process.wall = [], []
+        write_parts(folder, min(arguments.rows), arguments.repetitions)
     said = bars({process.name: process for process in every}, arguments.rows)
     write_section(
         "Cold start",
