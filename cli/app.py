@@ -1,12 +1,15 @@
-"""What commands share: options of the same name, exit codes, and how an index is found."""
+"""What every command shares: the app, options of the same name, exit codes, and how an index is found."""
 
 from __future__ import annotations
 
-import math
+import functools
+import importlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import click
+import typer
+from typer.core import TyperGroup
 
 from cli import render
 from indexes.errors import StoreNotFound
@@ -14,38 +17,104 @@ from indexes.errors import StoreNotFound
 if TYPE_CHECKING:
     from retrieval.library import Library
 
-USER_ERROR, WITH_FAILURES, INTERRUPTED = 1, 3, 130  # 0 is success, 2 is click's for wrong usage
+USER_ERROR, WITH_FAILURES, INTERRUPTED = 1, 3, 130  # 0 is success, 2 is typer's for wrong usage
+
+# In the order in which `diptych --help` lists them, each with the module of this package that declares it.
+_MODULES = {
+    "index": "indexing",
+    "search": "indexing",
+    "info": "indexing",
+    "dedupe": "keeping",
+    "encode": "measuring",
+    "evaluate": "measuring",
+    "export": "porting",
+    "import": "porting",
+    "train": "training",
+    "models": "models",
+}
+
+
+class _Commands(Mapping[str, Any]):
+    """The commands by name; only what is asked for is imported and built."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_MODULES)
+
+    def __len__(self) -> int:
+        return len(_MODULES)
+
+    def __getitem__(self, name: str) -> Any:
+        return _command(name)
+
+
+@functools.cache
+def _command(name: str) -> Any:
+    importlib.import_module(f"cli.{_MODULES[name]}")
+    if name == "models":
+        return typer.main.get_command(models_app)
+    single = typer.Typer(add_completion=False)
+    single.registered_commands = [
+        info for info in app.registered_commands if name == (info.name or getattr(info.callback, "__name__", None))
+    ]
+    return typer.main.get_command(single)
+
+
+class _Group(TyperGroup):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**settings, "commands": _Commands()})
+
+
+app = typer.Typer(
+    name="diptych",
+    cls=_Group,
+    help="Make a folder of photos searchable by sentence, measure the retriever, train a better one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models_app = typer.Typer(
+    name="models", help="List, import and export models.", no_args_is_help=True, add_completion=False
+)
+
+IndexOption = Annotated[
+    Path | None,
+    typer.Option("--index", help="The index itself, where it does not lie in FOLDER/.diptych or FILE.diptych."),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="builtin, an imported name, a bundle's folder, or open_clip's NAME/PRETRAINED, hf-hub:…, local-dir:….",
+    ),
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …; bundles run on the CPU.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads of the model; default: all this process may use.")
+]
+PreprocessOption = Annotated[
+    str | None,
+    typer.Option(help="Only for a bare checkpoint: the open_clip tag it was trained like, or a JSON file."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 LOCK_SECONDS = 2.0  # that a command waits for another one's writing
 
 
-class Number(click.FloatRange):
-    """A number in a range; NaN, which no comparison refuses, is none."""
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """See click."""
-        number = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail("it must be a number", param, ctx)
-        return float(number)
+        typer.echo(f"diptych {version('diptych')}")
+        raise typer.Exit
 
 
-PATH = click.Path(path_type=Path)
-
-index_option = click.option(
-    "--index", type=PATH, help="The index itself, where it does not lie in FOLDER/.diptych or FILE.diptych."
-)
-model_option = click.option(
-    "--model",
-    help="builtin, an imported name, a bundle's folder, or open_clip's NAME/PRETRAINED, hf-hub:…, local-dir:….",
-)
-device_option = click.option("--device", default="cpu", help="cpu, cuda, …; bundles run on the CPU.")
-threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads of the model; default: all this process may use."
-)
-preprocess_option = click.option(
-    "--preprocess", help="Only for a bare checkpoint: the open_clip tag it was trained like, or a JSON file."
-)
-json_option = click.option("--json", is_flag=True, help="JSON on standard output.")
+@app.callback()
+def _main(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def open_library(folder: Path, index: Path | None, model: str | None, **loading: Any) -> Library:
@@ -91,6 +160,6 @@ def open_or_create(
 def show_page(page: Path, in_browser: bool) -> None:
     """Open a page in the browser, or say that it was written."""
     if in_browser:
-        click.launch(page.absolute().as_uri())
+        typer.launch(page.absolute().as_uri())
     else:
         render.note(f"wrote {page}")

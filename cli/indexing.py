@@ -4,82 +4,77 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import click
+import typer
 
 from cli import render
 from cli.app import (
     LOCK_SECONDS,
-    PATH,
     USER_ERROR,
     WITH_FAILURES,
-    Number,
-    device_option,
-    index_option,
-    json_option,
-    model_option,
+    DeviceOption,
+    IndexOption,
+    JsonOption,
+    ModelOption,
+    PreprocessOption,
+    ThreadsOption,
+    app,
     open_library,
     open_or_create,
-    preprocess_option,
     show_page,
-    threads_option,
 )
 from indexes.errors import DiptychError, StoreError
 
 if TYPE_CHECKING:
+    from indexes.filters import Condition
     from indexes.store import Wanted
     from retrieval.library import Library, Term
 
 
-@click.command("index")
-@click.argument(
-    "folder",
-    type=PATH,
-    default=Path(),
-    metavar="SOURCE",
-    help="A folder of photos; webdataset tars; a table or list of picture files; or sentences.",
-)
-@click.option("--texts", is_flag=True, help="Index SOURCE's sentences instead of its pictures.")
-@click.option("--images", type=PATH, help="Where the pictures are that SOURCE lists.")
-@index_option
-@model_option
-@device_option
-@threads_option
-@preprocess_option
-@click.option("--max-megapixels", type=Number(min=0.01), show_default="128", help="Larger pictures count as failures.")
-@click.option(
-    "--index-kind",
-    metavar="KIND",
-    help="What is searched, from now on: auto (chosen by size), exact, or a FAISS factory string (IVF256,SQ8).",
-)
-@click.option("--max-index-memory", metavar="SIZE", show_default="4G", help="What a chosen kind may take.")
-@click.option(
-    "--target-recall",
-    type=Number(min=0.0, max=1.0),
-    show_default="0.95",
-    help="Share of the ten nearest that it finds.",
-)
-@click.option("--repair", is_flag=True, help="First drop damaged parts of the index; what they held is embedded anew.")
-@json_option
+Kind = Literal["image", "text"]
+
+
+@app.command()
 def index(
-    folder: Path,
-    texts: bool,
-    images: Path | None,
-    index: Path | None,
-    model: str | None,
-    device: str,
-    threads: int | None,
-    preprocess: str | None,
-    max_megapixels: float | None,
-    index_kind: str | None,
-    max_index_memory: str | None,
-    target_recall: float | None,
-    repair: bool,
-    json: bool,
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder of photos; webdataset tars; a table or list of picture files; or sentences.",
+        ),
+    ] = Path(),
+    texts: Annotated[bool, typer.Option("--texts", help="Index SOURCE's sentences instead of its pictures.")] = False,
+    images: Annotated[Path | None, typer.Option(help="Where the pictures are that SOURCE lists.")] = None,
+    index: IndexOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    preprocess: PreprocessOption = None,
+    max_megapixels: Annotated[
+        float | None, typer.Option(min=0.01, help="Larger pictures count as failures.", show_default="128")
+    ] = None,
+    index_kind: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="What is searched, from now on: auto (chosen by size), exact, or a FAISS factory string (IVF256,SQ8).",
+        ),
+    ] = None,
+    max_index_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What a chosen kind may take.", show_default="4G")
+    ] = None,
+    target_recall: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Share of the ten nearest that it finds.", show_default="0.95"),
+    ] = None,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="First drop damaged parts of the index; what they held is embedded anew."),
+    ] = False,
+    json: JsonOption = False,
 ) -> None:
     """Embed photos or sentences, once; later runs take in only what was added, changed, renamed or deleted."""
     from retrieval.images import MAX_PIXELS
@@ -106,7 +101,7 @@ def index(
     else:
         render.index_report(report, library, created)
     if report.failures:
-        raise click.exceptions.Exit(WITH_FAILURES)
+        raise typer.Exit(WITH_FAILURES)
 
 
 def _repair(folder: Path, index: Path | None) -> None:
@@ -140,112 +135,96 @@ def _bytes(size: str) -> int:
     """Read 500M, 4G or 4.5GiB; K, M, G and T count in 1,024s."""
     found = re.fullmatch(r"(\d+\.?\d*)\s*([KMGT]?)(?:i?B)?", size.strip(), re.IGNORECASE)
     if not found:
-        raise click.BadParameter(f"{size!r} is no size: write 500M or 4G", param_hint="--max-index-memory")
+        raise typer.BadParameter(f"{size!r} is no size: write 500M or 4G", param_hint="--max-index-memory")
     return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
 
 
-@click.command("search")
-@click.argument(
-    "query", nargs=-1, metavar="QUERY...", help='What the picture shows; several are added up, "2:word" counts twice.'
-)
-@click.option("--like", type=PATH, multiple=True, help="A picture to search with.")
-@click.option("--not", "avoid", multiple=True, help="What the picture should not show.")
-@click.option("--top", "-t", type=click.IntRange(min=1), default=10, help="How many results.")
-@click.option("--threshold", type=float, default=-1.0, help="Only pictures with at least this score (a cosine).")
-@click.option(
-    "--path",
-    multiple=True,
-    metavar="GLOB",
-    help="Only these files or folders, as in .gitignore; !GLOB leaves them out.",
-)
-@click.option("--taken", metavar="DATES", help="Only pictures taken then: 2021, 2021-05.., ..2020 or 2019..2021-06-30.")
-@click.option("--modified", metavar="DATES", help="Only files changed then; dates as for --taken.")
-@click.option("--width", metavar="PIXELS", help="Only pictures so wide: 640, 1000.., ..500 or 1000..2000.")
-@click.option("--height", metavar="PIXELS", help="Only pictures so high.")
-@click.option("--orientation", multiple=True, metavar="WORD", help="Only landscape, portrait or square pictures.")
-@click.option("--type", "type_", multiple=True, metavar="SUFFIX", help="Only files of this type; jpeg is jpg, too.")
-@click.option("--words", metavar="WORDS", help="Only pictures with all of these in their captions or labels.")
-@click.option(
-    "--ids",
-    type=click.File("rb"),
-    metavar="FILE",
-    help="Only the rows with these ids (in --json's output), one a line; - is stdin.",
-)
-@click.option(
-    "--where", metavar="CONDITION", help="Only pictures of which this holds: \"width > 1000 and type == 'png'\"."
-)
-@click.option(
-    "--kind",
-    type=click.Choice(["image", "text"]),
-    help="Find pictures or sentences; default: pictures, where there are any.",
-)
-@click.option(
-    "--folder", "-C", type=PATH, default=Path(), help="Search as if started in this folder; or what was indexed."
-)
-@click.option("--all", "all_", is_flag=True, help="The whole index, not only this folder and those below it.")
-@click.option("--filepath-only", "-f", is_flag=True, help="One path a line.")
-@click.option("--no-indexing", "-n", is_flag=True, help="Do not look for new photos first.")
-@json_option
-@click.option("--html", type=PATH, help="Write a page with the pictures found.")
-@click.option("--open", "open_", is_flag=True, help="Show the pictures found in the browser.")
-@index_option
-@model_option
-@device_option
-@threads_option
-@preprocess_option
+@app.command()
 def search(
-    query: tuple[str, ...],
-    like: tuple[Path, ...],
-    avoid: tuple[str, ...],
-    top: int,
-    threshold: float,
-    path: tuple[str, ...],
-    taken: str | None,
-    modified: str | None,
-    width: str | None,
-    height: str | None,
-    orientation: tuple[str, ...],
-    type_: tuple[str, ...],
-    words: str | None,
-    ids: IO[bytes] | None,
-    where: str | None,
-    kind: str | None,
-    folder: Path,
-    all_: bool,
-    filepath_only: bool,
-    no_indexing: bool,
-    json: bool,
-    html: Path | None,
-    open_: bool,
-    index: Path | None,
-    model: str | None,
-    device: str,
-    threads: int | None,
-    preprocess: str | None,
+    query: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="QUERY...", help='What the picture shows; several are added up, "2:word" counts twice.'),
+    ] = None,
+    like: Annotated[list[Path] | None, typer.Option("--like", help="A picture to search with.")] = None,
+    avoid: Annotated[list[str] | None, typer.Option("--not", help="What the picture should not show.")] = None,
+    top: Annotated[int, typer.Option("--top", "-t", min=1, help="How many results.")] = 10,
+    threshold: Annotated[float, typer.Option(help="Only pictures with at least this score (a cosine).")] = -1.0,
+    path: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--path", metavar="GLOB", help="Only these files or folders, as in .gitignore; !GLOB leaves them out."
+        ),
+    ] = None,
+    taken: Annotated[
+        str | None,
+        typer.Option(metavar="DATES", help="Only pictures taken then: 2021, 2021-05.., ..2020 or 2019..2021-06-30."),
+    ] = None,
+    modified: Annotated[
+        str | None, typer.Option(metavar="DATES", help="Only files changed then; dates as for --taken.")
+    ] = None,
+    width: Annotated[
+        str | None, typer.Option(metavar="PIXELS", help="Only pictures so wide: 640, 1000.., ..500 or 1000..2000.")
+    ] = None,
+    height: Annotated[str | None, typer.Option(metavar="PIXELS", help="Only pictures so high.")] = None,
+    orientation: Annotated[
+        list[str] | None, typer.Option(metavar="WORD", help="Only landscape, portrait or square pictures.")
+    ] = None,
+    type_: Annotated[
+        list[str] | None, typer.Option("--type", metavar="SUFFIX", help="Only files of this type; jpeg is jpg, too.")
+    ] = None,
+    words: Annotated[
+        str | None, typer.Option(metavar="WORDS", help="Only pictures with all of these in their captions or labels.")
+    ] = None,
+    ids: Annotated[
+        typer.FileBinaryRead | None,
+        typer.Option(metavar="FILE", help="Only the rows with these ids (in --json's output), one a line; - is stdin."),
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONDITION", help="Only pictures of which this holds: \"width > 1000 and type == 'png'\"."
+        ),
+    ] = None,
+    kind: Annotated[
+        Kind | None, typer.Option(help="Find pictures or sentences; default: pictures, where there are any.")
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option("--folder", "-C", help="Search as if started in this folder; or what was indexed.")
+    ] = Path(),
+    all_: Annotated[
+        bool, typer.Option("--all", help="The whole index, not only this folder and those below it.")
+    ] = False,
+    filepath_only: Annotated[bool, typer.Option("--filepath-only", "-f", help="One path a line.")] = False,
+    no_indexing: Annotated[bool, typer.Option("--no-indexing", "-n", help="Do not look for new photos first.")] = False,
+    json: JsonOption = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the pictures found.")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show the pictures found in the browser.")] = False,
+    index: IndexOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    preprocess: PreprocessOption = None,
 ) -> None:
     """Find photos by sentence, by example, or both. Scores are cosines."""
     if math.isnan(threshold):
-        raise click.BadParameter("it must be a number", param_hint="--threshold")
-    terms = _terms(query, like, avoid)
+        raise typer.BadParameter("it must be a number", param_hint="--threshold")
+    terms = _terms(query or [], like or [], avoid or [])
     library = open_library(folder, index, model, device=device, threads=threads, preprocess=preprocess)
     below = "" if all_ else library.below(folder)
-    asked = {
-        "path": path,
-        "taken_in": taken,
-        "modified_in": modified,
-        "width": width,
-        "height": height,
-        "orientations": orientation,
-        "types": type_,
-        "containing": words,
-        "where": where,
-    }
-    condition = None
-    if ids or any(value not in (None, ()) for value in asked.values()):
-        from indexes.filters import criteria, read_ids
-
-        among = read_ids(ids, ids.name) if ids else None
-        condition = criteria(library.store.schema, folder=below, among=among, **asked)  # type: ignore[arg-type]
+    condition = _condition(
+        library,
+        folder=below,
+        path=path or [],
+        taken_in=taken,
+        modified_in=modified,
+        width=width,
+        height=height,
+        orientations=orientation or [],
+        types=type_ or [],
+        containing=words,
+        among=ids,
+        where=where,
+    )
     if not no_indexing:
         _catch_up(library)
     matches = library.search(terms, top, below=below, where=condition, threshold=threshold, kind=kind)
@@ -263,16 +242,14 @@ def search(
         render.few(matches, library, filtered=condition is not None, asked=top)
 
 
-@click.command("info")
-@click.argument("folder", type=PATH, default=Path(), help="A folder covered by an index, or what was indexed.")
-@index_option
-@click.option("--check", is_flag=True, help="Recompute every checksum, of the index and of its model.")
-@json_option
+@app.command()
 def info(
-    folder: Path,
-    index: Path | None,
-    check: bool,
-    json: bool,
+    folder: Annotated[Path, typer.Argument(help="A folder covered by an index, or what was indexed.")] = Path(),
+    index: IndexOption = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Recompute every checksum, of the index and of its model.")
+    ] = False,
+    json: JsonOption = False,
 ) -> None:
     """Show what an index holds and what it was made with."""
     from retrieval.library import Library, describe
@@ -292,10 +269,10 @@ def info(
         if problems is not None:
             render.problems(problems)
     if problems:
-        raise click.exceptions.Exit(USER_ERROR)
+        raise typer.Exit(USER_ERROR)
 
 
-def _terms(query: Sequence[str], like: Sequence[Path], avoid: Sequence[str]) -> list[Term]:
+def _terms(query: list[str], like: list[Path], avoid: list[str]) -> list[Term]:
     from retrieval.errors import UsageError
     from retrieval.library import Term
 
@@ -304,6 +281,16 @@ def _terms(query: Sequence[str], like: Sequence[Path], avoid: Sequence[str]) -> 
     if not terms:
         raise UsageError('the query is empty: say what the picture shows, as in  diptych search "a dog in the snow"')
     return terms + [Term.parse(text, sign=-1.0) for text in avoid]
+
+
+def _condition(library: Library, folder: str, among: typer.FileBinaryRead | None, **asked: Any) -> Condition | None:
+    """What the options ask for; indexes.filters, and Arrow's functions with it, are loaded where that is something."""
+    if among is None and all(value in (None, []) for value in asked.values()):
+        return None
+    from indexes.filters import criteria, read_ids
+
+    chosen = None if among is None else read_ids(among, among.name)
+    return criteria(library.store.schema, folder=folder, among=chosen, **asked)
 
 
 def _catch_up(library: Library) -> None:

@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import os
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-import click
+import typer
 
 from cli import render
-from cli.app import PATH, index_option, json_option, show_page
-
-if TYPE_CHECKING:
-    from retrieval.duplicates import Grade
+from cli.app import IndexOption, JsonOption, app, show_page
 
 
-@click.command("dedupe")
-@click.argument("folder", type=PATH, default=Path(), help="A folder covered by an index.")
-@index_option
-@click.option(
-    "--grade",
-    type=click.Choice(["same-file", "re-encoded", "similar"]),
-    help="Groups of all that is linked at this grade or a finer one; default: each photo under its coarsest.",
-)
-@json_option
-@click.option("--html", type=PATH, help="Write a page with the groups.")
-@click.option("--open", "open_", is_flag=True, help="Show the groups in the browser.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads; default: all this process may use.")
+class Grade(str, Enum):
+    """How alike; each grade holds the finer ones before it."""
+
+    same_file = "same-file"
+    re_encoded = "re-encoded"
+    similar = "similar"
+
+
+@app.command()
 def dedupe(
-    folder: Path,
-    index: Path | None,
-    grade: Grade | None,
-    json: bool,
-    html: Path | None,
-    open_: bool,
-    threads: int | None,
+    folder: Annotated[Path, typer.Argument(help="A folder covered by an index.")] = Path(),
+    index: IndexOption = None,
+    grade: Annotated[
+        Grade | None,
+        typer.Option(
+            help="Groups of all that is linked at this grade or a finer one; default: each photo under its coarsest."
+        ),
+    ] = None,
+    json: JsonOption = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the groups.")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show the groups in the browser.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: all this process may use.")] = None,
 ) -> None:
     """Group photos that are there more than once: the same file, re-encoded or resized, similar shots.
 
@@ -46,7 +46,7 @@ def dedupe(
 
     library = Library.open(folder, index=index)
     with render.progress("comparing", "pictures") as advance:
-        found = library.duplicates(grade, below=library.below(folder), progress=advance)
+        found = library.duplicates(grade.value if grade else None, below=library.below(folder), progress=advance)
     if html or open_:
         from retrieval.report import write_duplicates_page
 

@@ -2,85 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-import click
-
 from cli import render
-from cli.app import INTERRUPTED, USER_ERROR
+from cli.app import INTERRUPTED, USER_ERROR, app
 from indexes.errors import DiptychError
 from indexes.runtime import let_blas_sleep
 
 __all__ = ["app", "main", "run"]
 
-# In the order in which `diptych --help` lists them, each in the module of this package that declares it.
-_COMMANDS = {
-    "index": "indexing",
-    "search": "indexing",
-    "info": "indexing",
-    "dedupe": "keeping",
-    "encode": "measuring",
-    "evaluate": "measuring",
-    "export": "porting",
-    "import": "porting",
-    "train": "training",
-    "models": "models",
-}
 # Taking Python and its libraries apart takes a fifth of a search's time. Where nothing was begun that an exit would end
 # (no workers, no threads, nothing unwritten), the system does it at once.
 _READING = (["search"], ["info"])
-
-
-class _Commands(click.Group):
-    """Commands by the modules that declare them: what is not called is not imported."""
-
-    def __init__(self, modules: Mapping[str, str], **settings: object) -> None:
-        super().__init__(**settings)  # type: ignore[arg-type]
-        self._modules = modules
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """See click."""
-        return list(self._modules)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """See click."""
-        if cmd_name not in self._modules:
-            return None
-        module = importlib.import_module(f"cli.{self._modules[cmd_name]}")
-        commands = (value for value in vars(module).values() if isinstance(value, click.Command))
-        return next(command for command in commands if command.name == cmd_name)
-
-
-def _print_version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        click.echo(f"diptych {version('diptych')}")
-        ctx.exit()
-
-
-app = _Commands(
-    _COMMANDS,
-    name="diptych",
-    help="Make a folder of photos searchable by sentence, measure the retriever, train a better one.",
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120},
-    params=[
-        click.Option(
-            ["--version"],
-            is_flag=True,
-            is_eager=True,
-            expose_value=False,
-            callback=_print_version,
-            help="Print the version and exit.",
-        )
-    ],
-)
 
 
 def run() -> NoReturn:
@@ -101,12 +37,7 @@ def main() -> NoReturn:
     sys.stdout, sys.stderr = (stream or Path(os.devnull).open("w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     code: object = 0
     try:
-        code = app.main(prog_name="diptych", standalone_mode=False)
-    except click.ClickException as error:  # wrong usage
-        error.show()
-        code = error.exit_code
-    except click.Abort:  # what click makes of Ctrl-C
-        code = INTERRUPTED
+        app()
     except DiptychError as error:
         code = _complain(str(error))
     except OSError as error:  # of the place it runs in: a full disk, a name too long, a folder that may not be entered

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-import click
+import typer
 
 from cli import render
-from cli.app import PATH, json_option, preprocess_option
-
-if TYPE_CHECKING:
-    from retrieval.encoders import Precision
+from cli.app import JsonOption, PreprocessOption, models_app
 
 
-@click.group("models")
-def models() -> None:
-    """List, import and export models."""
+class Precision(str, Enum):
+    """Of stored weights."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
 
 
-@models.command("list")
-@json_option
-def models_list(
-    json: bool,
-) -> None:
+@models_app.command("list")
+def models_list(json: JsonOption = False) -> None:
     """List the built-in and the imported models."""
     from retrieval.bundle import Bundle
     from retrieval.encoders import BUILTIN, find_bundle, list_imported
@@ -50,12 +47,12 @@ def models_list(
         render.models(rows)
 
 
-@models.command("import")
-@click.argument("source", help="A bundle's or training run's folder, or hf-hub:org/name of a repository with one.")
-@click.option("--name", help="What to call it here; default: its own name.")
+@models_app.command("import")
 def models_import(
-    source: str,
-    name: str | None,
+    source: Annotated[
+        str, typer.Argument(help="A bundle's or training run's folder, or hf-hub:org/name of a repository with one.")
+    ],
+    name: Annotated[str | None, typer.Option(help="What to call it here; default: its own name.")] = None,
 ) -> None:
     """Copy a bundle into the data directory, so that --model NAME finds it from anywhere."""
     from retrieval.encoders import import_bundle
@@ -64,19 +61,15 @@ def models_import(
     render.note(f"imported {path}: use it with  --model {imported}")
 
 
-@models.command("export")
-@click.argument("model", help="Any model: builtin, NAME/PRETRAINED of open_clip, local-dir:/path, …")
-@click.argument("output", type=PATH, help="The folder to make.")
-@click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", help="Of the stored weights.")
-@preprocess_option
+@models_app.command("export")
 def models_export(
-    model: str,
-    output: Path,
-    precision: Precision,
-    preprocess: str | None,
+    model: Annotated[str, typer.Argument(help="Any model: builtin, NAME/PRETRAINED of open_clip, local-dir:/path, …")],
+    output: Annotated[Path, typer.Argument(help="The folder to make.")],
+    precision: Annotated[Precision, typer.Option(help="Of the stored weights.")] = Precision.fp32,
+    preprocess: PreprocessOption = None,
 ) -> None:
     """Write a model as a bundle: ONNX, tokenizer and preprocessing in one folder that needs no torch."""
     from retrieval.encoders import export_bundle
 
-    bundle = export_bundle(model, output, precision, preprocess)
+    bundle = export_bundle(model, output, precision.value, preprocess)
     render.note(f"wrote {bundle.path}: use it with  --model {bundle.path}")

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-import click
+import typer
 
 from cli import render
-from cli.app import (
-    PATH,
-    device_option,
-    index_option,
-    json_option,
-    model_option,
-    preprocess_option,
-    threads_option,
-)
+from cli.app import DeviceOption, IndexOption, JsonOption, ModelOption, PreprocessOption, ThreadsOption, app
 
 if TYPE_CHECKING:
     from retrieval.exchange import ImportReport
@@ -25,40 +18,47 @@ if TYPE_CHECKING:
 _ALIKE = 0.98  # below this cosine, pictures were prepared or rounded otherwise than they are here
 
 
-@click.command("export")
-@click.argument("folder", type=PATH, default=Path(), help="A folder covered by an index, or what was indexed.")
-@click.option("--output", "-o", type=PATH, required=True, help="The folder to make.")
-@click.option(
-    "--format",
-    "layout",
-    type=click.Choice(["npy", "clip-retrieval"]),
-    default="npy",
-    help="npy: vectors.npy + metadata.parquet. clip-retrieval: img_emb/, text_emb/, metadata/, *.index.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float16", "float32"]),
-    default="float16",
-    help="float16 is what the index holds, bit for bit; float32 has rows of length 1.",
-)
-@click.option("--kind", type=click.Choice(["image", "text"]), help="clip-retrieval: only pictures, or only texts.")
-@click.option(
-    "--faiss",
-    default="SQfp16",
-    metavar="KIND",
-    help="clip-retrieval: the FAISS kind of image.index and text.index; none.",
-)
-@index_option
-@json_option
+class Layout(str, Enum):
+    """Of what `export` writes."""
+
+    npy = "npy"
+    clip_retrieval = "clip-retrieval"
+
+
+class Kind(str, Enum):
+    """Of rows."""
+
+    image = "image"
+    text = "text"
+
+
+class Number(str, Enum):
+    """Of vectors in a file."""
+
+    float16 = "float16"
+    float32 = "float32"
+
+
+@app.command()
 def export(
-    folder: Path,
-    output: Path,
-    layout: str,
-    dtype: str,
-    kind: str | None,
-    faiss: str,
-    index: Path | None,
-    json: bool,
+    folder: Annotated[Path, typer.Argument(help="A folder covered by an index, or what was indexed.")] = Path(),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.", show_default=False)] = ...,  # type: ignore[assignment]
+    layout: Annotated[
+        Layout,
+        typer.Option(
+            "--format",
+            help="npy: vectors.npy + metadata.parquet. clip-retrieval: img_emb/, text_emb/, metadata/, *.index.",
+        ),
+    ] = Layout.npy,
+    dtype: Annotated[
+        Number, typer.Option(help="float16 is what the index holds, bit for bit; float32 has rows of length 1.")
+    ] = Number.float16,
+    kind: Annotated[Kind | None, typer.Option(help="clip-retrieval: only pictures, or only texts.")] = None,
+    faiss: Annotated[
+        str, typer.Option(metavar="KIND", help="clip-retrieval: the FAISS kind of image.index and text.index; none.")
+    ] = "SQfp16",
+    index: IndexOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Write the vectors of an index and what is known of their rows for other tools; nothing is encoded."""
     import numpy as np
@@ -67,14 +67,14 @@ def export(
     from retrieval.library import Library
 
     library = Library.open(folder, index=index)
-    number = np.float16 if dtype == "float16" else np.float32
-    if layout == "npy":
+    number = np.float16 if dtype is Number.float16 else np.float32
+    if layout is Layout.npy:
         if kind is not None:
-            raise click.BadParameter("only for --format clip-retrieval", param_hint="--kind")
+            raise typer.BadParameter("only for --format clip-retrieval", param_hint="--kind")
         written = export_npy(library.store, output, number)
     else:
         written = export_clip_retrieval(
-            library.store, output, number, kind=kind, faiss_kind=None if faiss == "none" else faiss
+            library.store, output, number, kind=kind and kind.value, faiss_kind=None if faiss == "none" else faiss
         )
     if json:
         render.json_out({"output": str(output.absolute()), **asdict(written), "model": asdict(library.store.model)})
@@ -83,56 +83,41 @@ def export(
         render.note(f"wrote {output}: {written.images:,} vectors of pictures{texts}")
 
 
-@click.command("import")
-@click.argument(
-    "source", type=PATH, help="clip-retrieval's folder, a .npy file of vectors, or a folder that export wrote."
-)
-@click.option(
-    "--metadata",
-    type=PATH,
-    metavar="TABLE",
-    help="What row i of the .npy file is: Parquet, CSV, TSV or JSONL, in its order.",
-)
-@click.option(
-    "--root",
-    "-C",
-    type=PATH,
-    default=Path(),
-    metavar="FOLDER",
-    help="The folder that the pictures' paths are relative to.",
-)
-@index_option
-@model_option
-@click.option("--unverified", is_flag=True, help="Take --model's name for it: the model is not at hand.")
-@click.option(
-    "--kind", type=click.Choice(["image", "text"]), show_default="image", help="What the rows of the .npy file are."
-)
-@click.option("--path-column", metavar="NAME", show_default="image_path, path, …", help="The column of paths.")
-@click.option("--caption-column", metavar="NAME", show_default="caption, text, …", help="The column of captions.")
-@click.option(
-    "--no-hash",
-    is_flag=True,
-    help="Read no picture: its size and date stay unknown, and once moved it is encoded anew.",
-)
-@device_option
-@threads_option
-@preprocess_option
-@json_option
+@app.command("import")
 def import_(
-    source: Path,
-    metadata: Path | None,
-    root: Path,
-    index: Path | None,
-    model: str | None,
-    unverified: bool,
-    kind: str | None,
-    path_column: str | None,
-    caption_column: str | None,
-    no_hash: bool,
-    device: str,
-    threads: int | None,
-    preprocess: str | None,
-    json: bool,
+    source: Annotated[
+        Path, typer.Argument(help="clip-retrieval's folder, a .npy file of vectors, or a folder that export wrote.")
+    ],
+    metadata: Annotated[
+        Path | None,
+        typer.Option(metavar="TABLE", help="What row i of the .npy file is: Parquet, CSV, TSV or JSONL, in its order."),
+    ] = None,
+    root: Annotated[
+        Path,
+        typer.Option("--root", "-C", metavar="FOLDER", help="The folder that the pictures' paths are relative to."),
+    ] = Path(),
+    index: IndexOption = None,
+    model: ModelOption = None,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Take --model's name for it: the model is not at hand.")
+    ] = False,
+    kind: Annotated[Kind | None, typer.Option(help="What the rows of the .npy file are.", show_default="image")] = None,
+    path_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The column of paths.", show_default="image_path, path, …")
+    ] = None,
+    caption_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The column of captions.", show_default="caption, text, …")
+    ] = None,
+    no_hash: Annotated[
+        bool,
+        typer.Option(
+            "--no-hash", help="Read no picture: its size and date stay unknown, and once moved it is encoded anew."
+        ),
+    ] = False,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    preprocess: PreprocessOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Make an index from vectors that are there already; nothing is encoded but a few pictures, to try the model."""
     from retrieval.exchange import import_vectors
@@ -145,7 +130,7 @@ def import_(
             model=model,
             unverified=unverified,
             metadata=metadata,
-            kind=kind,
+            kind=kind and kind.value,
             path_column=path_column,
             caption_column=caption_column,
             hashing=not no_hash,

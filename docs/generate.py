@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from pathlib import Path
 from typing import Any
 
-import click
+import typer
 
 from cli.main import app
 
@@ -23,29 +22,22 @@ Data goes to standard output, everything else to standard error. Exit codes: 0 f
 
 def page() -> str:
     """The whole page."""
-    return HEAD + "".join(_section(name, command) for name, command in _commands("diptych", app))
+    return HEAD + "".join(
+        _section(name, command) for name, command in _commands("diptych", typer.main.get_command(app))
+    )
 
 
 def _commands(name: str, command: Any) -> list[tuple[str, Any]]:
-    if not isinstance(command, click.Group):
+    inner = getattr(command, "commands", None)
+    if inner is None:
         return [(name, command)]
-    context = click.Context(command)
-    inner = {key: command.get_command(context, key) for key in command.list_commands(context)}
     return [pair for key, sub in inner.items() for pair in _commands(f"{name} {key}", sub)]
 
 
 def _section(name: str, command: Any) -> str:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     usage = " ".join([name, *(_metavar(p) for p in arguments), "[OPTIONS]"])
-    lines = [
-        f"\n## {name}\n",
-        inspect.cleandoc(command.help),
-        "",
-        f"    {usage}",
-        "",
-        "| | | default |",
-        "|---|---|---|",
-    ]
+    lines = [f"\n## {name}\n", command.help, "", f"    {usage}", "", "| | | default |", "|---|---|---|"]
     for parameter in command.params:
         if "--help" in parameter.opts:
             continue
@@ -60,9 +52,10 @@ def _metavar(parameter: Any) -> str:
 
 
 def _default(parameter: Any) -> str:
-    said = getattr(parameter, "show_default", None)  # of options
-    shown = said if isinstance(said, str) else parameter.to_info_dict()["default"]
-    return "" if shown in (None, False) or parameter.required else f"`{shown}`"
+    shown = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default
+    if shown is None or shown is False or shown == [] or parameter.required:
+        return ""
+    return f"`{getattr(shown, 'value', shown)}`"
 
 
 if __name__ == "__main__":

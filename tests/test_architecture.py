@@ -117,10 +117,10 @@ OWN = {
     *("indexes", "indexes.errors", "indexes.runtime", "indexes.manifest", "indexes.columns", "indexes.vectors"),
     *("indexes.segments", "indexes.snapshot", "indexes.store"),
 }
-NEEDED = {"click", "numpy", "onnxruntime", "pyarrow", "pyarrow.parquet", "tokenizers"}
+NEEDED = {"typer", "numpy", "onnxruntime", "pyarrow", "pyarrow.parquet", "tokenizers"}
 NEEDLESS = {
     *("torch", "open_clip", "pandas", "scipy", "sklearn", "matplotlib", "transformers"),
-    *("rich", "typer", "pydantic", "filelock", "huggingface_hub", "threadpoolctl", "pi_heif"),
+    *("rich", "filelock", "huggingface_hub", "threadpoolctl", "pi_heif"),
     *("pyarrow.compute", "pyarrow.dataset", "pyarrow.csv", "pyarrow.json"),
     *("asyncio", "concurrent.futures", "multiprocessing", "tarfile"),
     *("PIL.JpegImagePlugin", "PIL.PngImagePlugin"),
@@ -186,7 +186,7 @@ def test_a_search_through_faiss_imports_nothing_else_for_it(tmp_path):
 
 def test_looking_for_new_photos_first_opens_no_picture(store):
     found = imported(store, "search", "a cat")
-    assert found & {"torch", "rich", "pydantic", "PIL.JpegImagePlugin", "tarfile", "huggingface_hub"} == set()
+    assert found & {"torch", "rich", "PIL.JpegImagePlugin", "tarfile", "huggingface_hub"} == set()
 
 
 def test_info_opens_no_model_and_no_picture(store):

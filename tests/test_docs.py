@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
+import typer
 
 from tests.odd_photos import real_photos
 
@@ -90,10 +90,10 @@ def test_the_page_of_import_and_export_runs(folder):
 def test_every_command_is_in_the_manual():
     manual = (ROOT / "docs" / "cli.md").read_text("utf-8")
     from cli.main import app
-    from cli.models import models
 
-    names = [name for name in app.list_commands(click.Context(app)) if name != "models"]
-    names += [f"models {name}" for name in models.commands]
+    commands = typer.main.get_command(app).commands
+    names = [name for name in commands if name != "models"]
+    names += [f"models {name}" for name in commands["models"].commands]
     assert len(names) > 10
     assert [name for name in names if f"## diptych {name}\n" not in manual] == []
 
