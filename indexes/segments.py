@@ -8,7 +8,6 @@ import mmap
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -22,7 +21,6 @@ from numpy.typing import NDArray
 from indexes import runtime
 from indexes.columns import aligned, check_names, decode_columns, encode_columns, is_extra, storable
 from indexes.manifest import DeletedRef, SegmentRef, damaged, replacing, sha256_of
-from indexes.tables import extras
 from indexes.vectors import Vectors
 
 _GROUP = 2048  # rows read at a time when a few are wanted: 2 MB of embeddings at 512 dimensions
@@ -142,6 +140,8 @@ def check_columns(rows: pa.Table) -> pa.Table:
         ColumnError: an extra column has a name that is taken.
 
     """
+    from indexes.tables import extras
+
     given = rows.column_names
     if twice := sorted({name for name in given if given.count(name) > 1}):
         raise ValueError(f"{', '.join(twice)}: a column must not be there twice")
@@ -379,7 +379,9 @@ class Segment:
     @functools.cached_property
     def ids(self) -> NDArray[np.int64]:
         """The id of each row, rising. They are kept, since every commit asks for them."""
-        return self.columns("id")["id"].to_numpy()  # type: ignore[no-any-return]
+        # Not Arrow's to_numpy, which imports pandas, where that is installed.
+        chunks = [np.from_dlpack(chunk) for chunk in self.columns("id")["id"].chunks]
+        return np.concatenate([np.empty(0, np.int64), *chunks])
 
     def columns(self, *names: str) -> pa.Table:
         """All rows of some columns."""
@@ -389,7 +391,9 @@ class Segment:
     def group(self, i: int, *names: str) -> pa.Table:
         """One row group: some columns, or all."""
         with _reading(self.file):
-            return _of_length(self._open().read_row_group(i, columns=list(names) or None), self._rows_of(i))
+            return _of_length(
+                self._open().read_row_group(i, columns=list(names) or None, use_threads=False), self._rows_of(i)
+            )
 
     def facts(self, i: int) -> pa.Table:
         """One row group, all columns but the embeddings."""
@@ -475,6 +479,8 @@ def read_vectors(segments: Sequence[Segment], dim: int) -> Vectors:
         for task in tasks:
             read(task)
     else:
+        from concurrent.futures import ThreadPoolExecutor
+
         with ThreadPoolExecutor(runtime.thread_count()) as pool:
             list(pool.map(read, tasks))
     return out

@@ -14,14 +14,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from indexes.columns import aligned, unified
-from indexes.damage import missing
+from indexes.columns import aligned, numbers, unified
 from indexes.errors import StoreCorrupt, StoreError
 from indexes.manifest import ANN_FILE, SEGMENTS, Manifest
 from indexes.segments import ROW_SCHEMA, Row, Segment, decode_row, names, read_deleted, read_vectors, unit_rows
 from indexes.vectors import Hits, VectorIndex, Vectors, exact_search, ranked, rescored
 
-_FEW = 8  # one row group in so many at most is read for single rows; for more, whole columns are
+_SINGLE = 64  # rows at most that are read one by one; Arrow's `take` also imports pyarrow.compute, which takes 25 ms
 _HELD = 256 << 20  # bytes of vectors, widened to float32, that exact search holds; more are read a block at a time
 _BLOCK = 16_384  # rows
 
@@ -70,6 +69,8 @@ class Snapshot:
                     files = [folder / SEGMENTS / segment.file for segment in manifest.segments]
                     files += [folder / manifest.deleted.file] if manifest.deleted else []
                     file = next((file for file in files if not file.exists()), files[0])
+                    from indexes.damage import missing
+
                     raise StoreCorrupt(missing(folder, manifest, file)) from error
             except OSError as error:
                 raise StoreError(f"the index at {folder} cannot be read: {error}") from error
@@ -137,8 +138,8 @@ class Snapshot:
         if new:
             schema = self._schema_of(new)
             tables = [aligned(segment.columns(*new), schema) for segment in self.segments]
-            table = pa.concat_tables([schema.empty_table(), *tables])
-            table = table.combine_chunks().take(self.live) if len(self.dead) else table.combine_chunks()
+            table = _joined(tables, schema).combine_chunks()
+            table = table.take(numbers(self.live)) if len(self.dead) else table
             self._columns |= zip(new, table.columns, strict=True)
         if names not in self._tables:  # making one costs more than finding ten rows in it
             schema = self._schema_of(names)
@@ -149,18 +150,18 @@ class Snapshot:
         return pa.schema([self.schema.field(name) for name in names])
 
     def take(self, positions: NDArray[np.int64], *names: str) -> pa.Table:
-        """Some columns of some rows. As long as those are few, only their row groups are read, and kept."""
-        if not self._columns.keys() >= set(names):
-            places = [self._locate(int(slot)) for slot in self.live[positions]]
-            wanted = {(segment, i, names) for segment, i, _ in places}
-            groups = sum(len(segment.group_starts) - 1 for segment in self.segments)
-            if len(wanted | self._groups.keys()) <= groups // _FEW:
-                schema, new = self._schema_of(names), wanted - self._groups.keys()
-                self._groups |= {key: aligned(key[0].group(key[1], *names), schema) for key in new}
-                found = [self._groups[segment, i, names].slice(row, 1) for segment, i, row in places]
-                return pa.concat_tables([schema.empty_table(), *found])
-            self._groups.clear()
-        return self.columns(*names).take(positions)
+        """Some columns of some rows. Where those are few, only their row groups are read, and kept."""
+        held = self._columns.keys() >= set(names)
+        if len(positions) > _SINGLE:
+            return self.columns(*names).take(numbers(positions))
+        if held:
+            table = self.columns(*names)
+            return _joined([table.slice(int(position), 1) for position in positions], table.schema)
+        places, schema = [self._locate(int(slot)) for slot in self.live[positions]], self._schema_of(names)
+        for segment, i in dict.fromkeys((segment, i) for segment, i, _ in places):
+            if (segment, i, names) not in self._groups:
+                self._groups[segment, i, names] = aligned(segment.group(i, *names), schema)
+        return _joined([self._groups[segment, i, names].slice(row, 1) for segment, i, row in places], schema)
 
     @functools.cached_property
     def paths(self) -> list[str]:
@@ -311,6 +312,11 @@ class Snapshot:
     def _alive(self) -> NDArray[np.bool_] | None:
         everything = np.ones(self.covered, dtype=np.bool_)
         return None if self.covered == len(self._ann or ()) else self._slots_allowed(everything)
+
+
+def _joined(tables: Sequence[pa.Table], schema: pa.Schema) -> pa.Table:
+    """Join tables of one schema. Arrow makes an empty table by importing pandas, where that is installed."""
+    return pa.concat_tables(tables) if tables else schema.empty_table()
 
 
 def _merged(hits: Hits, more: Hits, first: int, columns: int) -> Hits:

@@ -7,9 +7,8 @@ depend on the batch, the number of threads or the kernel. Rows are ranked by fal
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from indexes import runtime
 from indexes.errors import StoreCorrupt, VectorError
-from indexes.manifest import replacing
+from indexes.manifest import replacing, sha256_of
 
 Vectors: TypeAlias = NDArray[np.float32]
 """(N, D) float32, C-contiguous, unit rows."""
@@ -354,14 +353,15 @@ class VectorIndex:
             try:
                 if not mark:
                     raise RuntimeError("it is incomplete")
-                if size > _MAPPED and str(path).isprintable():
+                # FAISS's own open takes no names that are not UTF-8, on Windows none that are not ASCII.
+                named = str(path).isascii() if os.name == "nt" else str(path).isprintable()
+                if size > _MAPPED and named:
                     return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC), factory.decode())
-                file.seek(0)
-                content = file.read()
-                if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+                if sha256 is not None and sha256_of(path) != sha256:
                     raise RuntimeError("its content is not what was written")
-                reader = faiss.PyCallbackIOReader(io.BytesIO(content).read)
-                return cls(faiss.read_index(reader), factory.decode())
+                file.seek(0)
+                content = str(path) if named else faiss.PyCallbackIOReader(file.read)
+                return cls(faiss.read_index(content), factory.decode())
             except (RuntimeError, ValueError) as error:
                 raise StoreCorrupt(
                     f"{path} is no readable index of vectors ({_reason(error)}): delete it, it can be built again"

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, Protocol
-
-from PIL import Image
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from indexes.vectors import Vectors
 from retrieval.bundle import FILES, MODEL_FILE, Bundle, is_bundle
 from retrieval.errors import MissingExtra, ModelError
-from retrieval.images import Preprocessing
 from retrieval.onnx_encoder import OnnxEncoder
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from retrieval.images import Preprocessing
 
 BUILTIN = "builtin"
 Precision = Literal["fp32", "fp16"]  # of stored weights
@@ -107,6 +108,8 @@ def find_bundle(spec: str) -> Path | None:
     if "/" in spec:
         return None
     known = [BUILTIN, *list_imported()]
+    import difflib
+
     close = difflib.get_close_matches(spec, known, 1)
     hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}."
     raise ModelError(f"no model is called {spec!r}; {hint} open_clip models are named ARCHITECTURE/PRETRAINED")

@@ -44,3 +44,12 @@ def test_small_batches_reach_blas():
 def test_faiss_is_imported_only_when_needed():
     code = "import sys, indexes.store; sys.exit('faiss' in sys.modules or 'pyarrow.parquet' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_blas_sleeps_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT", raising=False)
+    runtime.let_blas_sleep()
+    assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == "10"
+    monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", "26")
+    runtime.let_blas_sleep()
+    assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == "26"
