@@ -253,11 +253,9 @@ class Run:
         if isinstance(file, Item) and file.text is not None:
             return _Read(content, None, file.text)
         try:
-            photo = read_photo(data, self.max_pixels)
+            return _Read(content, read_photo(data, self.max_pixels, self.preprocessing))
         except ImageError as error:
             return error
-        small = self.preprocessing.fit(photo.image)  # the full picture is not kept while it waits its turn
-        return _Read(content, replace(photo, image=small))
 
     def _old_hash(self, file: ScannedFile) -> str | None:
         known = self.plan.known.get(file.path)

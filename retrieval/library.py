@@ -432,7 +432,7 @@ class Library:
             total += term.weight * vector
         for term in terms:
             if term.image is not None:
-                total += term.weight * self.encoder.encode_images([_query_image(term.image)])[0]
+                total += term.weight * self.encoder.encode_images([_query_image(term.image, self.encoder)])[0]
         length = float(np.linalg.norm(total))
         if length < 1e-6:
             raise UsageError("the parts of the query cancel each other out: change a weight or leave one out")
@@ -440,9 +440,9 @@ class Library:
         return unit
 
 
-def _query_image(path: Path) -> Image.Image:
+def _query_image(path: Path, encoder: Encoder) -> Image.Image:
     try:
-        return read_photo(path.expanduser()).image
+        return read_photo(path.expanduser(), preprocessing=encoder.preprocessing).image
     except ImageError as error:
         raise ImageError(f"{path} cannot be searched with: {error}") from error
 
