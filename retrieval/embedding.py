@@ -101,9 +101,8 @@ def _encode_pictures(
         key = _picture_key(data, view.name(picture) if view else "")
         if key in slots or key in known:
             return key, None
-        if view is None:
-            return key, read_photo(data, preprocessing=encoder.preprocessing).image
-        return key, view.draw(read_photo(data).image, picture)
+        image = read_photo(data, preprocessing=None if view else encoder.preprocessing).image
+        return key, view.draw(image, picture) if view else image
 
     with _Keeper(cache) as keeper:
 

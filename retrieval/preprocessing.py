@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -93,6 +95,8 @@ class Preprocessing:
         scaled, resampling = self.scaled(*whole)
         if self.resize_mode != "shortest":
             return self._padded(_resized(image, scaled, resampling, box))
+        if resampling == Image.Resampling.NEAREST:  # which a box would send to a pixel beside
+            return _resize_and_crop(image, scaled, (width, height), resampling)
         across, down = (box[2] - box[0]) / scaled[0], (box[3] - box[1]) / scaled[1]
         left, top = _offsets(scaled, (width, height))
         cut = (left * across, top * down, (left + width) * across, (top + height) * down)
@@ -141,10 +145,40 @@ def _offsets(scaled: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     return round((scaled[0] - size[0]) / 2), round((scaled[1] - size[1]) / 2)
 
 
+class _ThisThread(threading.local):
+    """A resizer with vector instructions for each thread, where there is a wheel of it: an eighth of Pillow's time.
+
+    It is Pillow's algorithm with its two passes in the other order: one value in six differs, by its rounding.
+    """
+
+    resizer: Any = None
+
+    def __init__(self) -> None:
+        with suppress(ImportError):
+            from cykooz_resizer import Resizer
+
+            self.resizer = Resizer()
+
+
+_this_thread = _ThisThread()
+_FILTERS = {Image.Resampling.BICUBIC: "catmull_rom", Image.Resampling.BILINEAR: "bilinear"}  # their names
+
+
 def _resized(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling, box: Box) -> Image.Image:
     """Resize a part of an image, antialiased; what lies beside the part counts where the filter reaches there."""
     box = (max(0.0, box[0]), max(0.0, box[1]), min(image.width, box[2]), min(image.height, box[3]))  # rounding
-    return image.resize(size, resampling, box)
+    if _this_thread.resizer is None or resampling not in _FILTERS:
+        return image.resize(size, resampling, box)
+    import cykooz_resizer as fast
+
+    options = fast.ResizeOptions(
+        fast.ResizeAlg.convolution(fast.FilterType[_FILTERS[resampling]]),
+        use_alpha=False,
+        crop_box=fast.CropBox(box[0], box[1], box[2] - box[0], box[3] - box[1]),
+    )
+    resized = Image.new("RGB", size)
+    _this_thread.resizer.resize_pil(image, resized, options)
+    return resized
 
 
 def _resize_and_crop(
