@@ -175,6 +175,13 @@ def test_lost_restart_markers_are_treated_as_in_full():
             assert np.abs(scaled - fitted).mean() < 3
 
 
+def test_twelve_bits_a_channel_are_refused_alike():
+    content = bytearray(kinds()["baseline"])
+    content[content.index(b"\xff\xc0") + 4] = 12  # the precision in the frame's header
+    assert isinstance(attempt(bytes(content), None), str)
+    assert attempt(bytes(content), described()) == attempt(bytes(content), None)
+
+
 @pytest.mark.parametrize("shape", [(1, 3000), (3000, 1), (1, 1), (65_000, 10), (10, 65_000), (9, 9), (8000, 500)])
 @pytest.mark.parametrize(("mode", "size"), MODES)
 def test_strange_shapes(shape, mode, size):
