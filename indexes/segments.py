@@ -184,6 +184,13 @@ def names(table: pa.Table) -> list[str]:
     return out
 
 
+def exact_name(fields: Mapping[str, Any]) -> str:
+    """Restore the exact file name of one row, given by the names of its columns."""
+    raw: bytes | None = fields["path_bytes"]
+    name: str = fields["path"]
+    return name if raw is None else raw.decode("utf-8", ESCAPE)
+
+
 def exact_names(table: pa.Table) -> pa.ChunkedArray:
     """Get the exact file names of a table's rows as bytes (large_binary), without Python objects."""
     import pyarrow.compute as pc
@@ -375,6 +382,12 @@ class Segment:
         """The row that each row group begins with, and at the end the number of rows."""
         counts = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
         return np.cumsum([0, *counts], dtype=np.int64)
+
+    @functools.cached_property
+    def group_begins(self) -> list[int]:
+        """The same as a list."""
+        begins: list[int] = self.group_starts.tolist()
+        return begins
 
     @functools.cached_property
     def ids(self) -> NDArray[np.int64]:

@@ -7,8 +7,10 @@ callers see. Both rise with the id.
 from __future__ import annotations
 
 import functools
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -44,9 +46,10 @@ class Snapshot:
             held.get(ref) or Segment(folder / SEGMENTS / ref.file, ref, dim) for ref in manifest.segments
         ]
         self._starts = np.cumsum([0, *(segment.rows for segment in self.segments)], dtype=np.int64)
+        self._begins: list[int] = self._starts.tolist()  # for single rows, of which an array is slow to search
         self._columns: dict[str, pa.ChunkedArray] = {}
         self._tables: dict[tuple[str, ...], pa.Table] = {}  # of some of them
-        self._groups: dict[tuple[Segment, int, tuple[str, ...]], pa.Table] = {}
+        self._groups: dict[tuple[Segment, int, tuple[str, ...]], Sequence[pa.Array | None]] = {}  # see _cells
         # Row groups that single rows were read from lately: those of one commit serve the next as well.
         self._recent: Callable[[Segment, int], pa.Table] = (
             before._recent if before else functools.lru_cache(8)(Segment.facts)
@@ -149,19 +152,28 @@ class Snapshot:
     def _schema_of(self, names: Sequence[str]) -> pa.Schema:
         return pa.schema([self.schema.field(name) for name in names])
 
-    def take(self, positions: NDArray[np.int64], *names: str) -> pa.Table:
-        """Some columns of some rows. Where those are few, only their row groups are read, and kept."""
-        held = self._columns.keys() >= set(names)
+    def records(self, positions: NDArray[np.int64], *names: str) -> list[dict[str, Any]]:
+        """Some columns of some rows, by name. Where the rows are few, only their row groups are read, and kept."""
         if len(positions) > _SINGLE:
-            return self.columns(*names).take(numbers(positions))
-        if held:
-            table = self.columns(*names)
-            return _joined([table.slice(int(position), 1) for position in positions], table.schema)
-        places, schema = [self._locate(int(slot)) for slot in self.live[positions]], self._schema_of(names)
-        for segment, i in dict.fromkeys((segment, i) for segment, i, _ in places):
-            if (segment, i, names) not in self._groups:
-                self._groups[segment, i, names] = aligned(segment.group(i, *names), schema)
-        return _joined([self._groups[segment, i, names].slice(row, 1) for segment, i, row in places], schema)
+            found: list[dict[str, Any]] = self.columns(*names).take(numbers(positions)).to_pylist()
+            return found
+        return [
+            {
+                name: column[row].as_py() if column is not None else None
+                for name, column in zip(names, self._cells(segment, i, names), strict=True)
+            }
+            for segment, i, row in map(self._locate, self.live[positions].tolist())
+        ]
+
+    def _cells(self, segment: Segment, i: int, names: tuple[str, ...]) -> Sequence[pa.Array | None]:
+        """Some columns of a row group, without those that hold nothing."""
+        key = (segment, i, names)
+        if key not in self._groups:
+            table = aligned(segment.group(i, *names), self._schema_of(names)).combine_chunks()
+            self._groups[key] = [
+                column.chunk(0) if column.null_count < len(column) else None for column in table.columns
+            ]
+        return self._groups[key]
 
     @functools.cached_property
     def paths(self) -> list[str]:
@@ -193,10 +205,10 @@ class Snapshot:
 
     def _locate(self, slot: int) -> tuple[Segment, int, int]:
         """Segment, row group and row in it of a slot."""
-        i = int(np.searchsorted(self._starts, slot, side="right")) - 1
-        segment, row = self.segments[i], slot - int(self._starts[i])
-        group = int(np.searchsorted(segment.group_starts, row, side="right")) - 1
-        return segment, group, row - int(segment.group_starts[group])
+        i = bisect_right(self._begins, slot) - 1
+        segment, row = self.segments[i], slot - self._begins[i]
+        group = bisect_right(segment.group_begins, row) - 1
+        return segment, group, row - segment.group_begins[group]
 
     def blocks(self, first: int = 0) -> Iterator[tuple[int, Vectors]]:
         """All vectors, deleted ones too, a row group at a time from a segment on: first slot and unit rows."""
@@ -222,15 +234,17 @@ class Snapshot:
         near = ann.candidates(queries, min(k, inside), fetch, self._slots_allowed(allowed))
         if any(len(slots) < min(k, inside) for slots, _ in near):  # it lost its way: never fewer than there are
             return self.exact(queries, k, allowed)
-        newer = exact_search(self._newer, queries, k, None if allowed is None else allowed[self.covered :])
+        newer = None
+        if len(self._newer):
+            newer = exact_search(self._newer, queries, k, None if allowed is None else allowed[self.covered :])
 
         def candidates(i: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
             slots = np.sort(near[i][0])
             slots, scores = rescored(queries[i], slots, self.stored(slots), k)
             positions = slots if len(self.live) == self._starts[-1] else np.searchsorted(self.live, slots)
-            beside = newer.rows[i] >= 0
-            if not beside.any():
+            if newer is None:
                 return positions, scores
+            beside = newer.rows[i] >= 0
             return (
                 np.concatenate([positions, newer.rows[i][beside] + self.covered]),
                 np.concatenate([scores, newer.scores[i][beside]]),

@@ -79,8 +79,8 @@ def as_vectors(array: ArrayLike, names: Sequence[str] | None = None) -> Vectors:
         lengths[i : i + _CHUNK] = norms
         with np.errstate(divide="ignore", invalid="ignore"):
             unit[i : i + _CHUNK] = wide / norms[:, None]
-    bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
-    if bad.size:
+    if len(lengths) and not (lengths.min() > 0 and lengths.max() < np.inf):  # NaN is neither
+        bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
         shown = ", ".join(names[i] if names is not None else f"row {i}" for i in bad[:_NAMED])
         more = ", …" if bad.size > _NAMED else ""
         raise VectorError(f"{bad.size} of {len(given)} vectors are zero, NaN or infinite: {shown}{more}")

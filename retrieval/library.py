@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexes.errors import DiptychError, StoreNotFound, VectorError
-from indexes.segments import ROW_SCHEMA, names
+from indexes.segments import ROW_SCHEMA, exact_name
 from indexes.store import MANIFEST, UNVERIFIED, ModelRef, Store, Wanted
 from indexes.vectors import Vectors
 from retrieval.bundle import Bundle
@@ -392,12 +392,13 @@ class Library:
             return Matches(qualified=qualified)
         hits = self.store.search(vector[None, :], k, mask)
         found = hits.rows[0][(hits.rows[0] >= 0) & (hits.scores[0] >= threshold)]
-        rows = self.store.snapshot.take(found, *(name for name in self.store.schema.names if name not in _NOT_SHOWN))
+        shown = [name for name in self.store.schema.names if name not in _NOT_SHOWN]
+        rows = self.store.snapshot.records(found, *shown)
         source = self.source
         return Matches(
             (
-                self._match(source, path, float(score), fields)
-                for path, score, fields in zip(names(rows), hits.scores[0], rows.to_pylist(), strict=False)
+                self._match(source, exact_name(fields), float(score), fields)
+                for score, fields in zip(hits.scores[0], rows, strict=False)
             ),
             qualified,
         )

@@ -661,9 +661,9 @@ def test_columns_and_rows_taken_are_those_of_the_table(store):
     positions = np.array([50, 3, 3, len(store) - 1])
     for some in (positions, positions[:1], np.arange(len(store)), positions[:0]):
         expected = table.select(["caption", "id"]).take(some)
-        assert Store.open(store.path).snapshot.take(some, "caption", "id").equals(expected)
-        assert fresh.take(some, "caption", "id").equals(expected)
-        assert store.snapshot.take(some, "caption", "id").equals(expected)
+        assert Store.open(store.path).snapshot.records(some, "caption", "id") == expected.to_pylist()
+        assert fresh.records(some, "caption", "id") == expected.to_pylist()
+        assert store.snapshot.records(some, "caption", "id") == expected.to_pylist()
 
 
 def test_few_rows_are_taken_from_their_row_groups(tmp_path, monkeypatch):
@@ -673,7 +673,8 @@ def test_few_rows_are_taken_from_their_row_groups(tmp_path, monkeypatch):
     with store.write() as writer:
         writer.remove(50)
     snapshot = Store.open(store.path).snapshot
-    assert snapshot.take(np.array([60, 2]), "path", "id").equals(store.rows().select(["path", "id"]).take([60, 2]))
+    expected = store.rows().select(["path", "id", "caption"]).take([60, 2]).to_pylist()
+    assert snapshot.records(np.array([60, 2]), "path", "id", "caption") == expected
     assert snapshot._columns == {}
 
 
