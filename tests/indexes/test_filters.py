@@ -726,6 +726,6 @@ def test_single_rows_are_those_of_whole_columns(tmp_path, monkeypatch, wanted):
     names = ("path", "id", "width", "place")
     expected = [store.rows().select(names).to_pylist()[position] for position in positions]
     fresh = Store.open(store.path).snapshot
-    assert fresh.take(positions, *names).to_pylist() == expected
+    assert fresh.records(positions, *names) == expected
     fresh.columns(*names)  # held from here on
-    assert fresh.take(positions, *names).to_pylist() == expected
+    assert fresh.records(positions, *names) == expected
