@@ -155,7 +155,7 @@ def export_bundle(spec: str, folder: Path, precision: Precision = "fp32", prepro
     found = find_bundle(spec)
     if found is not None:
         return Bundle.load(found).copy_to(folder)
-    encoder = _torch_encoder(spec).load(spec, preprocess=preprocess)
+    encoder = _torch_encoder(spec).load(spec, preprocess=preprocess, precision="fp32")
     from retrieval.training.export import export_open_clip
 
     return export_open_clip(encoder, folder, precision)
