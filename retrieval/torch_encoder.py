@@ -126,8 +126,9 @@ class _Replica:
     """The model on one device, and the way there and back."""
 
     def __init__(self, model: Any, device: torch.device, preprocessing: Preprocessing, dtype: torch.dtype) -> None:
-        # Pixels come as (B, H, W, C): with kernels in the same order, convolutions need not rearrange them.
-        self.model, self.device = model.to(device, dtype, memory_format=torch.channels_last), device
+        self.model, self.device = model.to(device, dtype), device
+        if device.type == "cuda":  # pixels come as (B, H, W, C), which its convolutions want; on CPUs nothing is gained
+            model.to(memory_format=torch.channels_last)
         tower = bound_tower(model, lambda pixels: model.encode_image(pixels.to(dtype)))
         self.image_tower = NormalisedTower(tower, preprocessing).to(device)
         self._copying: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
