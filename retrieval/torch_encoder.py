@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.error import URLError
 
+import numpy as np
 import open_clip
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -31,7 +32,7 @@ from indexes.vectors import Vectors, as_vectors
 from retrieval.encoders import not_downloaded
 from retrieval.errors import DiptychError, MissingExtra, ModelError
 from retrieval.images import Preprocessing
-from retrieval.training.export import NormalisedTower, bound_tower
+from retrieval.training.export import NormalisedTower, any_length_text, bound_tower
 from retrieval.training.tokenizer_json import identity
 
 # How many at a time. A GPU's number keeps thousands of multipliers at work, and is small beside its memory.
@@ -78,6 +79,7 @@ class TorchEncoder:
         dtype = torch.bfloat16 if bf16 else torch.float32
         self._replicas = [_Replica(*pair, preprocessing, dtype) for pair in zip(models, devices, strict=True)]
         self.model = self._replicas[0].model
+        self._padding = int(tokenizer([""])[0, -1]) if any_length_text(model) else None
         self._step = min(_BATCH.get(device.type, 32) for device in devices)
         self.batch_size = self._step * len(devices)
 
@@ -91,7 +93,21 @@ class TorchEncoder:
 
     def encode_texts(self, texts: Sequence[str]) -> Vectors:
         """Sentences -> (N, D) unit rows. What is longer than the context length is cut off."""
-        return self._encode(texts, lambda part: self.tokenizer(list(part)), lambda replica: replica.model.encode_text)
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths together: little padding
+        rows = self._encode([texts[i] for i in order], self._tokens, lambda replica: replica.encode_text)
+        unsorted = np.empty_like(rows)
+        unsorted[order] = rows
+        return unsorted
+
+    def _tokens(self, texts: Sequence[str]) -> Tensor:
+        """Sentences -> ids (B, L), without the columns of mere padding where the tower does not need them."""
+        ids: Tensor = self.tokenizer(list(texts))
+        if self._padding is None:
+            return ids
+        used = (ids != self._padding).any(0).nonzero()
+        return (
+            ids[:, : int(used.max()) + 2] if len(used) else ids
+        )  # one more: some models end a text with their padding
 
     def _encode(
         self, items: Sequence[Any], prepare: Callable[[Sequence[Any]], Tensor], tower: Callable[[_Replica], _Tower]
@@ -131,6 +147,7 @@ class _Replica:
             model.to(memory_format=torch.channels_last)
         tower = bound_tower(model, lambda pixels: model.encode_image(pixels.to(dtype)))
         self.image_tower = NormalisedTower(tower, preprocessing).to(device)
+        self.encode_text: _Tower = any_length_text(model) or model.encode_text
         self._copying: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def start(self, tower: _Tower, batch: Tensor) -> Callable[[], Tensor]:

@@ -72,6 +72,18 @@ def test_vectors_are_open_clips(tmp_path, kind, preprocess):
     np.testing.assert_allclose(encoder.encode_texts(texts), theirs[1], atol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "lengths"), [("causal", [[4], [5]]), ("both-ways", [[77], [77]])])
+def test_a_text_is_as_long_as_it_is_where_the_tower_allows_it(tmp_path, monkeypatch, kind, lengths):
+    encoder = torch_encoder.load(f"local-dir:{save_model(tmp_path / kind, TINY[kind])}", precision="fp32")
+    seen = []
+    (replica,) = encoder._replicas
+    start = replica.start
+    monkeypatch.setattr(replica, "start", lambda tower, ids: seen.append([ids.shape[1]]) or start(tower, ids))
+    encoder.encode_texts(["cat"])  # with its begin and end, and a column of padding
+    encoder.encode_texts(["a cat"])
+    assert seen == lengths
+
+
 @pytest.mark.parametrize("kind", TINY)
 def test_bf16_is_near_fp32_and_gives_float32_rows_of_unit_length(tmp_path, kind):
     folder = save_model(tmp_path / kind, TINY[kind])
@@ -153,6 +165,14 @@ def test_results_are_fetched_only_when_enough_is_in_flight(causal, monkeypatch):
     encoder._step = 2
     encoder.encode_images(photos())
     assert events == [("start", 0), ("start", 1), ("fetch", 0), ("start", 2), ("fetch", 1), ("fetch", 2)]
+
+
+def test_vectors_are_open_clips_with_a_foreign_tokenizer(tmp_path, causal):
+    text = {**TINY["causal"]["text_cfg"], "hf_tokenizer_name": "in the folder", "context_length": 77}
+    folder = copy_with(tmp_path / "m", causal, model_cfg={**TINY["causal"], "text_cfg": text})
+    hugging_face(folder)
+    encoder = torch_encoder.load(f"local-dir:{folder}", precision="fp32")
+    np.testing.assert_allclose(encoder.encode_texts(TEXTS), by_hand(folder, photos()[:1], TEXTS)[1], atol=1e-5)
 
 
 def test_nothing_to_encode_gives_no_rows(causal):
