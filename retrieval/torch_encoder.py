@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import hashlib
@@ -11,8 +12,10 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
@@ -35,9 +38,10 @@ from retrieval.images import Preprocessing
 from retrieval.training.export import NormalisedTower, any_length_text, bound_tower
 from retrieval.training.tokenizer_json import identity
 
-# How many at a time. A GPU's number keeps thousands of multipliers at work, and is small beside its memory.
-_BATCH: Mapping[str, int] = {"cpu": 32, "mps": 32, "cuda": 256}
-_IN_FLIGHT = 2  # batches on each device: one computes while the next is prepared and copied
+# How many at a time. A processor's core gains nothing above 8, measured. A GPU's number keeps thousands of multipliers
+# at work, and is small beside its memory.
+_BATCH: Mapping[str, int] = {"cpu": 8, "mps": 32, "cuda": 256}
+_IN_FLIGHT = 2  # batches in each lane: one computes while the next is prepared and copied
 _BF16_CPU = frozenset({"avx512_bf16", "amx_bf16"})  # without either, oneDNN's bf16 is slower than its fp32
 
 RunPrecision = Literal["auto", "fp32", "bf16"]
@@ -74,14 +78,13 @@ class TorchEncoder:
         self.fingerprint = _fingerprint(model, tokenizer, preprocessing, architecture)
         bf16 = precision == "bf16" or (precision == "auto" and all(map(_computes_bf16, devices)))
         self.precision = "bf16" if bf16 else "fp32"
-        self._threads = threads or thread_count()
         models = [model.eval(), *(copy.deepcopy(model) for _ in devices[1:])]
         dtype = torch.bfloat16 if bf16 else torch.float32
-        self._replicas = [_Replica(*pair, preprocessing, dtype) for pair in zip(models, devices, strict=True)]
+        lanes = threads or thread_count()
+        self._replicas = [_Replica(*pair, preprocessing, dtype, lanes) for pair in zip(models, devices, strict=True)]
         self.model = self._replicas[0].model
         self._padding = int(tokenizer([""])[0, -1]) if any_length_text(model) else None
-        self._step = min(_BATCH.get(device.type, 32) for device in devices)
-        self.batch_size = self._step * len(devices)
+        self.batch_size = sum(replica.lanes * replica.batch for replica in self._replicas)
 
     def encode_images(self, images: Sequence[Image.Image]) -> Vectors:
         """Pictures of any size and mode -> (N, D) unit rows."""
@@ -112,48 +115,73 @@ class TorchEncoder:
     def _encode(
         self, items: Sequence[Any], prepare: Callable[[Sequence[Any]], Tensor], tower: Callable[[_Replica], _Tower]
     ) -> Vectors:
-        """Batches to the devices in turn, results back in order: what is prepared next never waits for a GPU."""
+        """Batches to the devices in turn, results back in order: what is prepared next never waits for a device."""
         waiting: deque[Callable[[], Tensor]] = deque()
         rows: list[Tensor] = []
-        step = max(1, min(self._step, -(-len(items) // len(self._replicas))))  # few items are shared out as well
-        with self._inference():
+        lanes = sum(replica.lanes for replica in self._replicas)
+        # Few items are shared out as well, but not one by one: a batch of two takes hardly longer than one of one.
+        step = min(min(replica.batch for replica in self._replicas), max(2, -(-len(items) // lanes)))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            for replica in self._replicas:
+                stack.enter_context(replica.working(len(items) > step))
             for start, replica in zip(range(0, len(items), step), cycle(self._replicas)):
                 waiting.append(replica.start(tower(replica), prepare(items[start : start + step])))
-                if len(waiting) == _IN_FLIGHT * len(self._replicas):
+                if len(waiting) == _IN_FLIGHT * lanes:
                     rows.append(waiting.popleft()())
             rows += [result() for result in waiting]
         return as_vectors(torch.cat(rows).numpy()) if rows else torch.empty((0, self.dim)).numpy()
-
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        before = torch.get_num_threads()  # of the whole process: left as it was
-        torch.set_num_threads(self._threads)
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            torch.set_num_threads(before)
 
 
 _Tower = Callable[[Tensor], Tensor]
 
 
 class _Replica:
-    """The model on one device, and the way there and back."""
+    """The model on one device, and the way there and back.
 
-    def __init__(self, model: Any, device: torch.device, preprocessing: Preprocessing, dtype: torch.dtype) -> None:
+    A processor computes several batches side by side, in ``lanes``, each on one thread: threads that share one batch
+    wait for each other at every layer, and the more so the more else there is to do. Measured on two cores, ViT-B-32 in
+    bf16 beside other work: 24 ms of processor time a picture and not 34, 1.4 times the pictures a second.
+    """
+
+    def __init__(
+        self, model: Any, device: torch.device, preprocessing: Preprocessing, dtype: torch.dtype, lanes: int
+    ) -> None:
         self.model, self.device = model.to(device, dtype), device
+        self.batch, self.lanes = _BATCH.get(device.type, 32), lanes if device.type == "cpu" else 1
         if device.type == "cuda":  # pixels come as (B, H, W, C), which its convolutions want; on CPUs nothing is gained
             model.to(memory_format=torch.channels_last)
         tower = bound_tower(model, lambda pixels: model.encode_image(pixels.to(dtype)))
         self.image_tower = NormalisedTower(tower, preprocessing).to(device)
         self.encode_text: _Tower = any_length_text(model) or model.encode_text
         self._copying: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._pool: ThreadPoolExecutor | None = None
+
+    @contextmanager
+    def working(self, several: bool) -> Iterator[None]:
+        """Open the lanes, if there are several batches; torch's number of threads is the process's, and put back."""
+        if self.device.type != "cpu":
+            yield
+            return
+        before = torch.get_num_threads()
+        side_by_side = several and self.lanes > 1
+        torch.set_num_threads(1 if side_by_side else self.lanes)
+        try:
+            if not side_by_side:
+                yield
+                return
+            with ThreadPoolExecutor(self.lanes, "encode", initializer=partial(torch.set_num_threads, 1)) as self._pool:
+                yield
+        finally:
+            self._pool = None
+            torch.set_num_threads(before)
 
     def start(self, tower: _Tower, batch: Tensor) -> Callable[[], Tensor]:
         """Begin to compute tower(batch); what is returned waits for the result, (B, D) float32 on the CPU."""
+        if self._pool is not None:
+            return self._pool.submit(self._compute, tower, batch).result
         if self._copying is None:
-            rows = tower(batch.to(self.device)).float().cpu()
+            rows = self._compute(tower, batch)
             return lambda: rows
         with torch.cuda.device(self.device):
             computing = torch.cuda.current_stream()
@@ -169,6 +197,10 @@ class _Replica:
             return back
 
         return result
+
+    def _compute(self, tower: _Tower, batch: Tensor) -> Tensor:
+        with torch.inference_mode():  # which counts for one thread only
+            return tower(batch.to(self.device)).float().cpu()
 
 
 def _computes_bf16(device: torch.device) -> bool:

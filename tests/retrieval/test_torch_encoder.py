@@ -126,12 +126,13 @@ def test_the_processor_chooses_the_precision_unless_it_is_given(causal, monkeypa
     assert torch_encoder.load(f"local-dir:{causal}", precision="bf16").precision == "bf16"
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 6, 200])  # up to more than is in flight at once
-def test_several_devices_share_the_batches_and_order_stays(causal, monkeypatch, count):
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 6, 100])  # up to more than is in flight at once
+@pytest.mark.parametrize(("device", "threads"), [("cpu, cpu", 1), ("cpu", 2), ("cpu,cpu", 3)])
+def test_devices_and_threads_share_the_batches_and_order_stays(causal, monkeypatch, device, threads, count):
     """Two devices that are both the processor: the same shares, the same queues."""
-    one = torch_encoder.load(f"local-dir:{causal}", precision="fp32")
-    two = torch_encoder.load(f"local-dir:{causal}", precision="fp32", device="cpu, cpu")
-    assert two.batch_size == 2 * one.batch_size
+    one = torch_encoder.load(f"local-dir:{causal}", precision="fp32", threads=1)
+    two = torch_encoder.load(f"local-dir:{causal}", precision="fp32", device=device, threads=threads)
+    assert two.batch_size == threads * len(two._replicas) * one.batch_size
     assert two.fingerprint == one.fingerprint
     shares = []
     for number, replica in enumerate(two._replicas):
@@ -142,15 +143,32 @@ def test_several_devices_share_the_batches_and_order_stays(causal, monkeypatch, 
             return start(tower, batch)
 
         monkeypatch.setattr(replica, "start", counted)
-    pictures, texts = (photos() * 34)[:count], [f"{number} cats" for number in range(count)]
+    pictures, texts = (photos() * 17)[:count], [f"{number} cats" for number in range(count)]
     np.testing.assert_allclose(two.encode_images(pictures), one.encode_images(pictures), atol=1e-5)
     assert sum(size for _, size in shares) == count
-    assert {number for number, _ in shares} == set(range(min(count, 2)))
+    assert {number for number, _ in shares} == set(range(min(-(-count // 2), len(two._replicas))))
     np.testing.assert_allclose(two.encode_texts(texts), one.encode_texts(texts), atol=1e-5)
 
 
+def test_an_error_in_a_lane_is_raised_and_leaves_the_encoder_usable(causal):
+    encoder = torch_encoder.load(f"local-dir:{causal}", precision="fp32", threads=2)
+    expected, before = encoder.encode_images(photos()), torch.get_num_threads()
+    (replica,) = encoder._replicas
+    tower = replica.image_tower
+
+    def fail(pixels):
+        raise MemoryError
+
+    replica.image_tower = fail
+    with pytest.raises(MemoryError):
+        encoder.encode_images(photos())
+    replica.image_tower = tower
+    np.testing.assert_array_equal(encoder.encode_images(photos()), expected)
+    assert torch.get_num_threads() == before
+
+
 def test_results_are_fetched_only_when_enough_is_in_flight(causal, monkeypatch):
-    encoder = torch_encoder.load(f"local-dir:{causal}", precision="fp32")
+    encoder = torch_encoder.load(f"local-dir:{causal}", precision="fp32", threads=1)
     events = []
     (replica,) = encoder._replicas
     start = replica.start
@@ -162,7 +180,7 @@ def test_results_are_fetched_only_when_enough_is_in_flight(causal, monkeypatch):
         return lambda: events.append(("fetch", number)) or rows
 
     monkeypatch.setattr(replica, "start", started)
-    encoder._step = 2
+    replica.batch = 2
     encoder.encode_images(photos())
     assert events == [("start", 0), ("start", 1), ("fetch", 0), ("start", 2), ("fetch", 1), ("fetch", 2)]
 
