@@ -120,7 +120,7 @@ def _encode_pictures(
                 else:
                     batch[key] = image
             where[number] = slots[key]
-            if len(batch) == _BATCH:
+            if len(batch) == getattr(encoder, "batch_size", _BATCH):
                 encode()
             if progress and (number + 1) % _BATCH == 0:
                 progress(number + 1 - len(batch), len(pictures))

@@ -27,7 +27,8 @@ _CHECKPOINT_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".npz"}
 class Encoder(Protocol):
     """A model that puts pictures and sentences into one space.
 
-    ``fingerprint`` changes whenever a vector would; two encoders with the same one are interchangeable.
+    ``fingerprint`` changes whenever a vector would; two encoders with the same one are interchangeable. An encoder may
+    say with ``batch_size`` how many pictures at a time keep it busy; whoever has many hands them over like that.
     """
 
     name: str
