@@ -73,6 +73,9 @@ def index(
         bool,
         typer.Option("--repair", help="First drop damaged parts of the index; what they held is embedded anew."),
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say how many seconds each stage was at work.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Embed photos or sentences, once; later runs take in only what was added, changed, renamed or deleted."""
@@ -96,9 +99,10 @@ def index(
         )
     failures = [{"path": str(library.root / f.path), "reason": f.reason} for f in report.failures]
     if json:
-        render.json_out({**asdict(report), "failures": failures})
+        render.json_out({**asdict(report), "failures": failures, "bounded_by": report.bounded_by})
     else:
         render.index_report(report, library, created)
+        render.index_speed(report, library.unit, verbose)
     if report.failures:
         raise typer.Exit(WITH_FAILURES)
 

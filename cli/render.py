@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,6 +208,16 @@ def index_report(report: IndexReport, library: Library, created: bool) -> None:
             note(f"  {_printable(failure.path)}: {failure.reason}")
         if len(report.failures) > _SHOWN_FAILURES:
             note(f"  … and {len(report.failures) - _SHOWN_FAILURES:,} more: diptych info --json lists them")
+
+
+def index_speed(report: IndexReport, unit: str, verbose: bool) -> None:
+    """How fast it went and what it waited for, if anything was encoded; and the seconds of each stage, if asked for."""
+    if verbose:
+        stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in asdict(report.seconds).items())
+        note(f"at work, beside one another: {stages}")
+    if report.embedded:
+        rate = f"{report.embedded / report.elapsed:.1f} {unit}/s"
+        note(f"{report.embedded:,} {unit} in {report.elapsed:.1f} s: {rate}, bounded by {report.bounded_by}")
 
 
 def duplicates(found: Duplicates) -> None:

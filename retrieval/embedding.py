@@ -37,7 +37,7 @@ _Keys = NDArray[np.uint8]  # (N, 32), a SHA-256 each
 _BATCH = 64  # pictures handed to the encoder at a time
 _SENTENCES = 1024  # the same of sentences; enough to sort by length
 _KEPT_EVERY, _KEPT_SECONDS = 256, 3.0  # a killed run loses no more rows, or work, than that
-_PICTURE = b"picture 1\0"  # of keys; the number rises when the same file comes to give other pixels
+_PICTURE = b"picture 2\0"  # of keys; the number rises when the same file comes to give other pixels
 _TEXT = b"text\0"
 
 
@@ -101,8 +101,8 @@ def _encode_pictures(
         key = _picture_key(data, view.name(picture) if view else "")
         if key in slots or key in known:
             return key, None
-        image = read_photo(data).image
-        return key, view.draw(image, picture) if view else encoder.preprocessing.fit(image)
+        image = read_photo(data, preprocessing=None if view else encoder.preprocessing).image
+        return key, view.draw(image, picture) if view else image
 
     with _Keeper(cache) as keeper:
 

@@ -38,7 +38,7 @@ class Encoder(Protocol):
     score_scale: float
 
     def encode_images(self, images: Sequence[Image.Image]) -> Vectors:
-        """Pictures -> (N, D) unit rows. Prepares them itself; one prepared by ``preprocessing.fit`` stays as it is."""
+        """Pictures -> (N, D) unit rows. Prepares them itself; one already of the model's size stays as it is."""
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> Vectors:

@@ -171,7 +171,8 @@ def _agreement(store: Store, encoder: Encoder) -> float | None:
     images, positions = [], []
     for position in _few(np.flatnonzero(~is_text & there)):
         try:
-            images.append(read_photo(store.root / store.paths()[position]).image)
+            photo = read_photo(store.root / store.paths()[position], preprocessing=encoder.preprocessing)
+            images.append(photo.image)
             positions.append(position)
         except (ImageError, OSError):
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
+from indexes.runtime import thread_count
 from indexes.segments import ESCAPE, exact_names
 from indexes.store import Failure, Row, SourceRef, Writer
 from indexes.vectors import Vectors
@@ -22,7 +23,7 @@ from retrieval.errors import ImageError, UsageError
 from retrieval.folder import ScannedFile, scan_columns
 from retrieval.images import MAX_BYTES, Photo, os_reason, read_photo
 from retrieval.pairs import Picture
-from retrieval.pipeline import map_ahead
+from retrieval.pipeline import Behind, Stopwatch, map_ahead
 
 if TYPE_CHECKING:
     from retrieval.library import Library
@@ -33,10 +34,26 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+class Stages:
+    """Seconds that each stage of a run was at work. They overlap: a stage that waits for another is not at work.
+
+    ``scan``: listing the source and comparing it with the store. ``decode``: reading, hashing, decoding and resizing,
+    the seconds of its threads divided by their number. ``encode``: the model, opening it included. ``write``: rows into
+    the store.
+    """
+
+    scan: float = 0.0
+    decode: float = 0.0
+    encode: float = 0.0
+    write: float = 0.0
+
+
+@dataclass(frozen=True)
 class IndexReport:
     """What one run did, in files. ``failures`` are all that the store still holds of the folder, old ones too.
 
-    ``embedded`` counts the pictures that the model had to look at, ``skipped`` those that were as before.
+    ``embedded`` counts the pictures that the model had to look at, ``skipped`` those that were as before. ``elapsed``
+    are the seconds of it all, up to the last row that is searchable; building a FAISS index is not among them.
     """
 
     added: int = 0
@@ -46,6 +63,14 @@ class IndexReport:
     embedded: int = 0
     skipped: int = 0
     failures: tuple[Failure, ...] = ()
+    seconds: Stages = field(default=Stages(), compare=False)
+    elapsed: float = field(default=0.0, compare=False)
+
+    @property
+    def bounded_by(self) -> str:
+        """The stage that waited least for the others: ``scan``, ``decode``, ``encode`` or ``write``."""
+        seconds = asdict(self.seconds)
+        return max(seconds, key=lambda stage: seconds[stage])
 
 
 @dataclass(frozen=True)
@@ -209,14 +234,16 @@ class Run:
             self.movable[content].append(path)
         self.batch: list[tuple[Row, Image.Image]] = []
         self.sentences: list[tuple[Row, str]] = []
+        self.behind = Behind()
+        self.decoding, self.encoding, self.writing = Stopwatch(), Stopwatch(), Stopwatch()
         if plan.todo:
             self.preprocessing = library.encoder.preprocessing  # loaded here, not by every thread at once
 
     def finish(self) -> dict[str, int]:
-        """Do it; the counts of the report."""
-        if self.plan.begun:
-            self.writer.note_source(self.plan.begun)
-        try:
+        """Do it; the counts of the report. Threads decode ahead of the model, and another one writes behind it."""
+        with self.writing.running():
+            if self.plan.begun:
+                self.writer.note_source(self.plan.begun)
             for row_id, row in self.plan.relabelled:
                 self.writer.replace(row_id, row)
                 self.counts["changed"] += 1
@@ -224,21 +251,44 @@ class Run:
                 self.writer.forgive(path)
             for failure in self.plan.unreadable:
                 self.writer.fail(failure)
-            for done, (file, read) in enumerate(map_ahead(self._read, self.plan.todo), 1):
-                self._take(file, read)
-                if self.progress:
-                    self.progress(done, len(self.plan.todo))
-        finally:
-            self._embed()
-        for row_id, _ in self.plan.missing.values():
-            self.writer.remove(row_id)
-            self.counts["deleted"] += 1
-        if self.plan.ended:
-            self.writer.note_source(self.plan.ended)
+        if self.plan.todo:
+            with self.behind:
+                try:
+                    for done, (file, read) in enumerate(map_ahead(self._read, self.plan.todo), 1):
+                        self._take(file, read)
+                        if self.progress:
+                            self.progress(done, len(self.plan.todo))
+                finally:
+                    self._embed()
+        with self.writing.running():
+            for row_id, _ in self.plan.missing.values():
+                self.writer.remove(row_id)
+                self.counts["deleted"] += 1
+            if self.plan.ended:
+                self.writer.note_source(self.plan.ended)
+            self.writer.commit()
         return self.counts
+
+    def stages(self, scan: float) -> Stages:
+        """The seconds of each stage, when it is done."""
+        decoders = max(1, min(thread_count(), len(self.plan.todo)))
+        return Stages(scan, self.decoding.seconds / decoders, self.encoding.seconds, self.writing.seconds)
+
+    def _write(self, change: Callable[..., object], *arguments: object) -> None:
+        """Have a change made behind the encoder: in order, and by nobody else until the last of them is made."""
+
+        def task() -> None:
+            with self.writing.running():
+                change(*arguments)
+
+        self.behind.do(task)
 
     def _read(self, file: ScannedFile, reuse: bool = True) -> _Read | ImageError | None:
         """In a thread. ``reuse``: do not decode what the store holds already. None: the file vanished."""
+        with self.decoding.running():
+            return self._decoded(file, reuse)
+
+    def _decoded(self, file: ScannedFile, reuse: bool) -> _Read | ImageError | None:
         if file.size > MAX_BYTES:
             return ImageError(f"{file.size / 2**20:,.0f} MB, more than the limit of {MAX_BYTES // 2**20:,} MB")
         try:
@@ -253,11 +303,9 @@ class Run:
         if isinstance(file, Item) and file.text is not None:
             return _Read(content, None, file.text)
         try:
-            photo = read_photo(data, self.max_pixels)
+            return _Read(content, read_photo(data, self.max_pixels, self.preprocessing))
         except ImageError as error:
             return error
-        small = self.preprocessing.fit(photo.image)  # the full picture is not kept while it waits its turn
-        return _Read(content, replace(photo, image=small))
 
     def _old_hash(self, file: ScannedFile) -> str | None:
         known = self.plan.known.get(file.path)
@@ -267,15 +315,15 @@ class Run:
         old = self.plan.known.get(file.path)
         if isinstance(read, _Read):
             if file.path in self.failed:
-                self.writer.forgive(file.path)
+                self._write(self.writer.forgive, file.path)
             self._keep(file, read, old)
             return
         if old is not None:  # what is stored is the vector of a picture that is not there any more
-            self.writer.remove(old[0])
+            self._write(self.writer.remove, old[0])
             self.counts["deleted"] += read is None
         if read is not None:
             now = datetime.now(timezone.utc)
-            self.writer.fail(Failure(file.path, str(read), now, file.size, file.mtime_ns))
+            self._write(self.writer.fail, Failure(file.path, str(read), now, file.size, file.mtime_ns))
 
     def _keep(self, file: ScannedFile, read: _Read, old: tuple[int, str] | None) -> None:
         if read.photo is not None:
@@ -287,13 +335,13 @@ class Run:
             if len(self.sentences) == _SENTENCES:
                 self._embed()
         elif old is not None and old[1] == read.hash:  # only touched
-            self._move(old[0], file)
+            self._write(self._move, old[0], file)
             self.counts["changed"] += 1
         elif self.movable[read.hash]:
             source = self.movable[read.hash].pop()
             if old is not None:  # renamed over another file
-                self.writer.remove(old[0])
-            self._move(self.plan.missing.pop(source)[0], file)
+                self._write(self.writer.remove, old[0])
+            self._write(self._move, self.plan.missing.pop(source)[0], file)
             self.counts["renamed"] += 1
         else:  # one more copy of something renamed: its stored vector has gone with the first
             self._take(file, self._read(file, reuse=False))
@@ -307,11 +355,14 @@ class Run:
 
     def _embed(self) -> None:
         if self.batch:
-            self._add([row for row, _ in self.batch], self.library.encoder.encode_images([i for _, i in self.batch]))
+            with self.encoding.running():
+                vectors = self.library.encoder.encode_images([image for _, image in self.batch])
+            self._write(self._add, [row for row, _ in self.batch], vectors)
             self.batch = []
         if self.sentences:
-            texts = [text for _, text in self.sentences]
-            self._add([row for row, _ in self.sentences], self.library.encoder.encode_texts(texts))
+            with self.encoding.running():
+                vectors = self.library.encoder.encode_texts([text for _, text in self.sentences])
+            self._write(self._add, [row for row, _ in self.sentences], vectors)
             self.sentences = []
 
     def _add(self, rows: list[Row], vectors: Vectors) -> None:

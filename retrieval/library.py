@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -279,20 +280,26 @@ class Library:
             UsageError: the folder is gone; or it is empty, and the index, which lies elsewhere, knows pictures in it.
         """
         with self.store.write(wait=wait) as writer:
+            started = time.perf_counter()
             plan = self.source.plan(self, below)
+            scan = time.perf_counter() - started
             elsewhere = not self.store.path.is_relative_to(self.root)  # else the drive is there, for the index is
             if elsewhere and plan.missing and not plan.unchanged and not plan.todo and not below:
                 raise UsageError(
                     f"{self.root / below} holds no picture any more, but its index knows {len(plan.missing)}: is a "
                     f"drive not mounted? If they are really gone, delete {self.store.path}"
                 )
-            report = Run(self, writer, plan, max_pixels, progress).finish()
+            run = Run(self, writer, plan, max_pixels, progress)
+            counts = run.finish()
+            elapsed = time.perf_counter() - started
         if wanted is not None and wanted != self.store.wanted:
             self.build_index(wanted)
         else:
             self.build_stale_index()
         failures = tuple(f for f in self.store.failures() if not below or f.path.startswith(below + "/"))
-        return IndexReport(**report, skipped=plan.unchanged, failures=failures)
+        return IndexReport(
+            **counts, skipped=plan.unchanged, failures=failures, seconds=run.stages(scan), elapsed=elapsed
+        )
 
     def build_index(self, wanted: Wanted | None = None) -> None:
         """Build the FAISS index over all rows, tuned on everyday queries. Raises what Store.rebuild_index does.
@@ -432,7 +439,7 @@ class Library:
             total += term.weight * vector
         for term in terms:
             if term.image is not None:
-                total += term.weight * self.encoder.encode_images([_query_image(term.image)])[0]
+                total += term.weight * self.encoder.encode_images([_query_image(term.image, self.encoder)])[0]
         length = float(np.linalg.norm(total))
         if length < 1e-6:
             raise UsageError("the parts of the query cancel each other out: change a weight or leave one out")
@@ -440,9 +447,9 @@ class Library:
         return unit
 
 
-def _query_image(path: Path) -> Image.Image:
+def _query_image(path: Path, encoder: Encoder) -> Image.Image:
     try:
-        return read_photo(path.expanduser()).image
+        return read_photo(path.expanduser(), preprocessing=encoder.preprocessing).image
     except ImageError as error:
         raise ImageError(f"{path} cannot be searched with: {error}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,9 @@ def indexed(tmp_path_factory):
         where = folder / "space" if photo.stem in ("astronaut", "rocket", "moon", "hubble_deep_field") else folder
         shutil.copyfile(photo, where / photo.name)
     report = result(diptych("index", folder, "--json"))
+    assert set(report.pop("seconds")) == {"scan", "decode", "encode", "write"}
+    assert report.pop("bounded_by") in {"scan", "decode", "encode", "write"}
+    assert report.pop("elapsed") > 0
     assert report == {
         "added": 20, "changed": 0, "renamed": 0, "deleted": 0, "embedded": 20, "skipped": 0, "failures": [],
     }  # fmt: skip
@@ -127,6 +131,23 @@ def test_index_reports_failures_with_exit_code_3(tmp_path):
     )
     listed = diptych("search", "a photo", "-f", "-t", "1000", cwd=odd.path)
     assert listed.returncode == 0, listed.stderr
+
+
+def test_index_ends_with_its_speed(tmp_path):
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "red.png")
+    stage = "(scan|decode|encode|write)"
+    speed = rf"1 images in \d+\.\d s: \d+\.\d images/s, bounded by {stage}"
+    first = diptych("index", tmp_path)
+    assert re.fullmatch(speed, first.stderr.splitlines()[-1])
+    assert len(first.stderr.splitlines()) == 2
+    assert diptych("index", tmp_path).stderr == "nothing new; 1 pictures searchable\n"
+    Image.new("RGB", (9, 9), "blue").save(tmp_path / "red.png")
+    (tmp_path / "bad.jpg").write_bytes(b"")
+    lines = diptych("index", tmp_path, "-v").stderr.splitlines()
+    seconds = r"\d+\.\d\d s"
+    stages = rf"scan {seconds}, decode {seconds}, encode {seconds}, write {seconds}"
+    assert re.fullmatch(rf"at work, beside one another: {stages}", lines[-2])
+    assert re.fullmatch(speed, lines[-1])
 
 
 def test_names_that_are_no_text_come_out_as_their_own_bytes(tmp_path):

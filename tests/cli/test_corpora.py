@@ -47,7 +47,9 @@ def test_pictures_of_tars_and_lists(here, source, place):
     first = diptych("index", source, cwd=here)
     assert (first.returncode, first.stdout) == (0, "")
     index = here / f"{source}.diptych"
-    assert first.stderr == f"3 added; 3 pictures searchable (new index {index})\n"
+    said, speed = first.stderr.splitlines()
+    assert said == f"3 added; 3 pictures searchable (new index {index})"
+    assert speed.startswith("3 images in ")
     assert result(diptych("index", source, "--json", cwd=here))["skipped"] == 3
     found = result(diptych("search", "a cat", "-C", source, "--json", cwd=here))
     assert (found[0]["path"], len(found)) == (str(here / place), 3)
@@ -74,6 +76,7 @@ def test_the_same_scores_as_from_the_folder(here):
 def test_a_picture_finds_its_sentence(here):
     made = diptych("index", "sentences.txt", cwd=here)
     assert made.stderr.startswith("3 added; 3 sentences searchable (new index ")
+    assert made.stderr.splitlines()[-1].startswith("3 sentences in ")
     for name, said in SAID.items():
         photo = next((here / "photos").glob(f"{name}.*"))
         found = result(diptych("search", "--like", photo, "-C", "sentences.txt", "--json", cwd=here))

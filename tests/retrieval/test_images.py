@@ -18,7 +18,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from retrieval.errors import ImageError, ModelError
-from retrieval.images import IMAGE_SUFFIXES, MAX_PIXELS, Preprocessing, read_header, read_photo, to_rgb
+from retrieval.images import IMAGE_SUFFIXES, MAX_PIXELS, Preprocessing, read_header, read_photo
+from retrieval.preprocessing import to_rgb
 from tests.odd_photos import TINY_HEIC, encode, exif, make_odd_folder, picture, png16, real_photos
 
 
@@ -539,7 +540,7 @@ def test_a_long_picture_is_scaled_like_a_short_one():
     wide = Image.open(real_photos()[-2]).convert("RGB").resize((900, 90))
     usual = np.asarray(described((64, 64)).fit(wide)).astype(int)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("retrieval.images._MAX_SCALED", 0)
+        patch.setattr("retrieval.preprocessing._MAX_SCALED", 0)
         boxed = np.asarray(described((64, 64)).fit(wide)).astype(int)
     assert np.abs(usual - boxed).max() <= 1
 
