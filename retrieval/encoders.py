@@ -190,12 +190,12 @@ def export_bundle(
         from retrieval.conversion import convert
 
         return convert(bundle, folder, towers, calibrate)
-    encoder = _torch_encoder(spec).load(spec, preprocess=preprocess)
+    encoder = _torch_encoder(spec).load(spec, preprocess=preprocess, precision="fp32")
     from retrieval.conversion import convert
     from retrieval.training.export import export_open_clip
 
-    if towers is None or (set(towers.values()) != {"int8"} and len({*towers.values()}) == 1):
-        return export_open_clip(encoder, folder, "fp16" if towers and towers["image"] == "fp16" else "fp32")
+    if towers is None or towers == {"image": "fp32", "text": "fp32"}:
+        return export_open_clip(encoder, folder)
     with tempfile.TemporaryDirectory() as scratch:
         return convert(export_open_clip(encoder, Path(scratch) / folder.name), folder, towers, calibrate)
 

@@ -171,6 +171,10 @@ def export_open_clip(encoder: TorchEncoder, folder: Path, precision: Precision =
 
     if folder.exists():
         raise ModelError(f"{folder} exists already: choose another name or remove it first")
+    if encoder.precision != "fp32":
+        raise ModelError(
+            f"{encoder.name} was loaded in {encoder.precision}: load it with precision='fp32' to export it"
+        )
     model = encoder.model
     if next(model.parameters()).device.type != "cpu":
         model = copy.deepcopy(model).cpu()
