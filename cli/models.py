@@ -60,7 +60,7 @@ def models_export(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="Of the weights: fp32, fp16, int8; or image/text: int8/fp16. Default: as they are, of open_clip's fp32."
+            help="Of the weights: fp32, fp16, int8, or image/text: int8/fp16. Default: as stored; open_clip's: fp32."
         ),
     ] = None,
     calibrate: Annotated[

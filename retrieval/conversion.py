@@ -26,9 +26,7 @@ _KS = (1, 10)
 _SEED = 0
 
 
-def convert(
-    bundle: Bundle, folder: Path, precision: Mapping[str, str], records: Sequence[Record] = ()
-) -> Bundle:
+def convert(bundle: Bundle, folder: Path, precision: Mapping[str, str], records: Sequence[Record] = ()) -> Bundle:
     """Write a bundle into a new folder in other precisions, whole or not at all.
 
     Args:
@@ -87,7 +85,8 @@ def _pixels(bundle: Bundle, record: Record) -> Any:
 
 def _cost(made: Bundle, source: Bundle, records: Sequence[Record], data: str, calibrated_on: int) -> dict[str, Any]:
     settings = Settings(ks=_KS, bootstrap=1000, cached=False)
-    result = evaluate(OnnxEncoder(made), records, settings, other=OnnxEncoder(source))
+    new = OnnxEncoder(made, precision="auto" if made.precision["image"] == "int8" else "fp32")
+    result = evaluate(new, records, settings, other=OnnxEncoder(source, precision="fp32"))
     comparison = result.comparison
     assert comparison is not None
     names = [f"{way}_hit@{k}" for way in ("t2i", "i2t") for k in _KS]

@@ -80,12 +80,15 @@ def load_encoder(
             raise ModelError(f"{spec} is an ONNX bundle and runs on the CPU: leave out --device {device}")
         if preprocess is not None:
             raise ModelError(f"{spec} says itself how to prepare pictures: leave out --preprocess")
-        return OnnxEncoder(Bundle.load(folder), threads, precision)
+        encoder = OnnxEncoder(Bundle.load(folder), threads, precision)
+        if precision != "auto":
+            _ = encoder.precision  # raises now, not at the first picture
+        return encoder
     torch_encoder = _torch_encoder(spec)
-    encoder: Encoder = torch_encoder.load(
+    loaded: Encoder = torch_encoder.load(
         spec, device=device, threads=threads, preprocess=preprocess, precision=precision
     )
-    return encoder
+    return loaded
 
 
 def lasting_spec(spec: str) -> str:
@@ -176,8 +179,8 @@ def export_bundle(
     Args:
         spec: the model, as for :func:`load_encoder`.
         folder: where to.
-        precision: fp32, fp16 or int8, of both towers or of each: ``int8/fp16`` (pictures first). None leaves a bundle as
-            it is; of other models it is fp32.
+        precision: fp32, fp16 or int8, of both towers or of each: ``int8/fp16`` (pictures first). None leaves a
+            bundle as it is; of other models it is fp32.
         preprocess: as for :func:`load_encoder`.
         calibrate: captioned photos, for int8; see :func:`retrieval.conversion.convert`.
     """

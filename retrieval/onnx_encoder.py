@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,7 +79,7 @@ class OnnxEncoder:
 
     @cached_property
     def _text_session(self) -> Session:
-        # Never OpenVINO: it takes longer to open a graph than a query may take, and ours has an operator of ONNX Runtime.
+        # Never OpenVINO: it takes longer to open a graph than a whole query may take.
         return OnnxRuntimeSession(self.bundle.path / TEXT_FILE, self._threads)
 
     @cached_property
@@ -93,4 +92,3 @@ class OnnxEncoder:
             return Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ModelError(f"{path} cannot be read as a tokenizer: {error}") from error
-

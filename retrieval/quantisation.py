@@ -34,7 +34,7 @@ from retrieval.errors import MissingExtra, ModelError
 SMALL = 2048  # tensors of fewer numbers (norms, biases) stay fp32: they weigh nothing and are the most sensitive
 _BLOCK = 32  # weights that share a scale; measured on the built-in text tower: cosine 0.9997, of 128 weights 0.9993
 _FOLDED = "diptych.folded"  # metadata of a graph: each convolution's weights, and the batch norm that is in them
-# What is added to a weight's name: stored in half, as its transpose, as a table to pick from; integers, and their scales.
+# What is added to a weight's name: in half, its transpose, a table that is picked from; integers, and their scales.
 _HALF, _TURNED, _ROWS, _INT8, _SCALE = ".fp16", ".transposed", ".rows", ".int8", ".int8.scale"
 _BATCH = 8
 
@@ -70,14 +70,19 @@ def read_weights(path: Path) -> dict[str, Values]:
     weights = {name.removesuffix(_HALF): value.astype(np.float32) for name, value in stored.items()}
     for name, scale in stored.items():
         if name.endswith(_SCALE):
-            weights[name.removesuffix(_SCALE).removesuffix(_ROWS)] = _from_blocks(stored[name.removesuffix(".scale")], scale)
+            weights[name.removesuffix(_SCALE).removesuffix(_ROWS)] = _from_blocks(
+                stored[name.removesuffix(".scale")], scale
+            )
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in stored:
             weights[node.input[0].removesuffix("_quantized")] = _from_channels(*(stored[name] for name in node.input))
     for name in [name for name in weights if name.endswith(_TURNED)]:
         weights[name.removesuffix(_TURNED)] = weights.pop(name).T
     for name, (norm, epsilon) in _folded(model).items():
-        factor = _norm_factor(weights, norm, epsilon).reshape(-1, 1, 1, 1)
+        factor = _norm_factor(weights, norm, epsilon)
+        bias = weights[f"folded.{name}.bias"] + weights[f"{norm}.running_mean"] * factor  # with what was corrected
+        weights[f"{norm}.bias"] = bias.astype(np.float32)
+        factor = factor.reshape(-1, 1, 1, 1)
         weights[name] = np.divide(weights[name], factor, out=np.zeros_like(weights[name]), where=factor != 0)
     derived = (_INT8, _SCALE, "_quantized", "_scale", "_zero_point")
     return {

@@ -42,7 +42,9 @@ def image_precision(bundle: Path, stored: str, asked: RunPrecision) -> str:
     """
     if stored == "int8":
         if asked != "auto":
-            raise ModelError(f"{bundle}: the image tower is stored, and computed, in int8: leave out --precision {asked}")
+            raise ModelError(
+                f"{bundle}: the image tower is stored, and computed, in int8: leave out --precision {asked}"
+            )
         return "int8"
     if asked == "fp32" or (asked == "auto" and not has_openvino()):
         return "fp32"

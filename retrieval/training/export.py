@@ -260,7 +260,7 @@ def _encode_causal(text: Any, pooled: str, ids: Tensor) -> Tensor:
 
 def _check_vectors(bundle: Bundle, encoder: TorchEncoder, tolerance: float) -> None:
     """Refuse a bundle whose vectors are not the model's."""
-    onnx = OnnxEncoder(bundle)
+    onnx = OnnxEncoder(bundle, precision="fp32")
     noise = np.random.default_rng(0).integers(0, 256, (2, 96, 128, 3), np.uint8)
     images = [Image.fromarray(pixels) for pixels in noise]
     texts = ["a photo of a cat", "Two dogs play in the snow, and a third one looks on from behind a fence."]
