@@ -55,6 +55,12 @@ class View:
     draw: Callable[[Image.Image, Picture], Image.Image]
 
 
+def cache_name(encoder: Encoder) -> str:
+    """Where an encoder's vectors are kept: those computed in bf16, whose fingerprint is the same, apart."""
+    in_bf16 = getattr(encoder, "precision", "fp32") == "bf16"
+    return f"{encoder.fingerprint}-bf16" if in_bf16 else encoder.fingerprint
+
+
 def encode_pictures(
     encoder: Encoder,
     pictures: Sequence[Picture],

@@ -216,4 +216,5 @@ def frozen_encoder(start: StartModel, folder: Path) -> OnnxEncoder:
         any_length=True,
     )
     features = start.model.image.trunk.features
-    return OnnxEncoder(Bundle(folder, "frozen towers", features, start.preprocessing, start.context_length, 1.0).save())
+    bundle = Bundle(folder, "frozen towers", features, start.preprocessing, start.context_length, 1.0).save()
+    return OnnxEncoder(bundle, precision="fp32")

@@ -8,7 +8,7 @@ from PIL import ImageOps
 from torch import nn
 
 from indexes.vectors import as_vectors
-from retrieval import torch_encoder
+from retrieval import quantisation, torch_encoder
 from retrieval.bundle import FILES, Bundle
 from retrieval.encoders import export_bundle, load_encoder
 from retrieval.errors import ModelError
@@ -112,7 +112,7 @@ def test_fp16_keeps_rounded_weights_and_nearly_the_vectors(exported, tmp_path):
         read = read_weights(half.path / tower)
         assert read.keys() == full.keys()
         for name, value in full.items():
-            expected = value if value.numel() < export._SMALL else value.half().float()
+            expected = value if value.numel() < quantisation.SMALL else value.half().float()
             torch.testing.assert_close(read[name], expected, rtol=0, atol=0)
     images, ours = photos(), load_encoder(str(half.path))
     for a, b in (
@@ -221,7 +221,7 @@ def test_weights_of_equal_values_keep_their_names(tmp_path, precision):
         expected = {key: value.clone() for key, value in tower.named_parameters()}  # a tied weight once
         assert read.keys() == expected.keys()
         for key, value in expected.items():
-            stored = value.half().float() if precision == "fp16" and value.numel() >= export._SMALL else value
+            stored = value.half().float() if precision == "fp16" and value.numel() >= quantisation.SMALL else value
             torch.testing.assert_close(read[key], stored, rtol=0, atol=0)
 
 
