@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from retrieval.sessions import OnnxRuntimeSession, RunPrecision, Session, image_
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_IMAGE_BATCH = 16  # measured: nothing is gained above 8, and memory grows with it
+_IMAGE_BATCH = 8  # for each thread; measured: nothing is gained above, and memory grows with it
 _TEXT_BATCH = 64
 
 
@@ -28,6 +29,10 @@ class OnnxEncoder:
 
     ``precision`` is the arithmetic of the image tower, see :func:`retrieval.sessions.image_precision`.
     Each graph is opened at its first use: a text search never opens the image tower.
+
+    Batches of pictures are computed side by side, each on one thread: threads that share a batch wait for each other at
+    every layer, and the more so the more else there is to do. Measured on two cores beside other work: 13 and not 17 ms
+    of processor time a picture with the built-in model, 1.4 times the pictures a second.
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None, precision: RunPrecision = "auto") -> None:
@@ -37,13 +42,22 @@ class OnnxEncoder:
         self.score_scale = bundle.score_scale
         self._stored, self._asked = bundle.precision.get("image", "fp32"), precision
         self._threads = min(threads or thread_count(), os.cpu_count() or 1)  # more never helps, thousands never start
+        self.batch_size = _IMAGE_BATCH * self._threads
 
     def encode_images(self, images: Sequence[Image.Image]) -> Vectors:
         """Pictures of any size and mode -> (N, D) unit rows."""
-        batches = [
-            self._run(self._image_session, self.preprocessing.pixels(images[i : i + _IMAGE_BATCH]))
-            for i in range(0, len(images), _IMAGE_BATCH)
-        ]
+        # Few pictures are shared out as well, but not one by one.
+        step = min(_IMAGE_BATCH, max(2, -(-len(images) // self._threads)))
+        parts = [images[i : i + step] for i in range(0, len(images), step)]
+
+        def encode(part: Sequence[Image.Image]) -> Vectors:
+            return self._run(self._image_session, self.preprocessing.pixels(part))
+
+        if min(len(parts), self._threads) < 2:
+            return self._gather([encode(part) for part in parts])
+        _ = self._image_session  # opened here, not by every thread at once
+        with ThreadPoolExecutor(self._threads, "encode") as pool:
+            batches = list(pool.map(encode, parts))
         return self._gather(batches)
 
     def encode_texts(self, texts: Sequence[str]) -> Vectors:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -21,7 +22,7 @@ _BF16 = frozenset({"avx512_bf16", "amx_bf16"})
 
 
 class Session(Protocol):
-    """A graph that is ready."""
+    """A graph that is ready. Several threads may run it at once."""
 
     def run(self, batch: NDArray[Any]) -> Vectors:
         """A batch of what the graph takes -> (B, D), not normalised. ModelError when it does not fit the graph."""
@@ -57,9 +58,12 @@ def image_precision(bundle: Path, stored: str, asked: RunPrecision) -> str:
     return "fp32"
 
 
-def open_image_session(path: Path, threads: int, precision: str) -> Session:
-    """Open an image graph in what :func:`image_precision` says, with OpenVINO where that is installed."""
-    return (OpenVinoSession if has_openvino() else OnnxRuntimeSession)(path, threads, precision)
+def open_image_session(path: Path, lanes: int, precision: str) -> Session:
+    """Open an image graph in what :func:`image_precision` says, with OpenVINO where that is installed.
+
+    It is made for so many runs at a time, each on one thread.
+    """
+    return OpenVinoSession(path, lanes, precision) if has_openvino() else OnnxRuntimeSession(path, 1)
 
 
 def has_openvino() -> bool:
@@ -70,7 +74,7 @@ def has_openvino() -> bool:
 class OnnxRuntimeSession:
     """ONNX Runtime on the CPU: graphs as they are stored, what is not in int8 in float32."""
 
-    def __init__(self, path: Path, threads: int, _precision: str = "fp32") -> None:
+    def __init__(self, path: Path, threads: int) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -94,26 +98,33 @@ class OnnxRuntimeSession:
 class OpenVinoSession:
     """OpenVINO on the CPU: int8 graphs as they are, others in float32 or bfloat16."""
 
-    def __init__(self, path: Path, threads: int, precision: str) -> None:
+    def __init__(self, path: Path, lanes: int, precision: str) -> None:
         import openvino
 
         settings = {
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
-            "INFERENCE_NUM_THREADS": threads,
-            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": lanes,
+            "NUM_STREAMS": lanes,
         }
         try:
             self._model = openvino.Core().compile_model(str(path), "CPU", settings)
         except Exception as error:  # its exceptions are RuntimeError's and the binding's own
             raise ModelError(f"{path} cannot be opened by OpenVINO: the file is damaged or not a model") from error
         self._path = path
+        self._requests: SimpleQueue[Any] = SimpleQueue()  # not in use; each can do one thing at a time
 
     def run(self, batch: NDArray[Any]) -> Vectors:
         """A batch through the graph, see :class:`Session`."""
         try:
-            return np.array(self._model([batch])[0])  # a copy: the next result is written into the same memory
+            request = self._requests.get_nowait()
+        except Empty:
+            request = self._model.create_infer_request()
+        try:
+            return np.array(request.infer([batch])[0])  # a copy: the next result is written into the same memory
         except Exception as error:
             raise _cannot_run(self._path, error) from error
+        finally:
+            self._requests.put(request)
 
 
 def multiplies_in_bf16() -> bool:

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
@@ -30,11 +30,12 @@ from open_clip.transform import PreprocessCfg
 from PIL import Image
 from torch import Tensor
 
-from indexes.runtime import processor_flags, thread_count
+from indexes.runtime import thread_count
 from indexes.vectors import Vectors, as_vectors
 from retrieval.encoders import not_downloaded
 from retrieval.errors import DiptychError, MissingExtra, ModelError
 from retrieval.images import Preprocessing
+from retrieval.sessions import RunPrecision, multiplies_in_bf16
 from retrieval.training.export import NormalisedTower, any_length_text, bound_tower
 from retrieval.training.tokenizer_json import identity
 
@@ -42,9 +43,6 @@ from retrieval.training.tokenizer_json import identity
 # at work, and is small beside its memory.
 _BATCH: Mapping[str, int] = {"cpu": 8, "mps": 32, "cuda": 256}
 _IN_FLIGHT = 2  # batches in each lane: one computes while the next is prepared and copied
-_BF16_CPU = frozenset({"avx512_bf16", "amx_bf16"})  # without either, oneDNN's bf16 is slower than its fp32
-
-RunPrecision = Literal["auto", "fp32", "bf16"]
 
 
 class TorchEncoder:
@@ -207,7 +205,7 @@ def _computes_bf16(device: torch.device) -> bool:
     """Whether bf16 is faster than fp32 there. On CPUs, measured: 3.6 times on ViT-B-32 with avx512_bf16."""
     if device.type == "cuda":
         return bool(torch.cuda.get_device_capability(device) >= (8, 0))  # Ampere; before, it is emulated
-    return device.type == "cpu" and not _BF16_CPU.isdisjoint(processor_flags())
+    return device.type == "cpu" and multiplies_in_bf16()
 
 
 def load(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from retrieval import torch_encoder
+from retrieval import sessions, torch_encoder
 from retrieval.encoders import load_encoder
 from retrieval.errors import MissingExtra, ModelError
 from retrieval.images import Preprocessing
@@ -120,7 +120,7 @@ def test_what_a_picture_is_encoded_with_changes_its_last_bits_only(causal, preci
     ],
 )
 def test_the_processor_chooses_the_precision_unless_it_is_given(causal, monkeypatch, flags, precision):
-    monkeypatch.setattr(torch_encoder, "processor_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(sessions, "processor_flags", lambda: frozenset(flags))
     assert torch_encoder.load(f"local-dir:{causal}").precision == precision
     assert torch_encoder.load(f"local-dir:{causal}", precision="fp32").precision == "fp32"
     assert torch_encoder.load(f"local-dir:{causal}", precision="bf16").precision == "bf16"
