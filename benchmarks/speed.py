@@ -1,12 +1,14 @@
 """Pictures a second, from files to an index, beside what people do without it; and the arithmetic under them.
 
-python -m benchmarks.speed DATA [--photos 2000] [--repetitions 5] [--threads 2] [--rclip-python PYTHON] [--work FOLDER]
+python -m benchmarks.speed DATA [--photos 2000] [--repetitions 5] [--threads 2] [--rclip-python PYTHON]
+    [--openvino-python PYTHON] [--work FOLDER]
 
 DATA holds flickr8k/originals; photos of 0.3 and 12 megapixels are made of them. Each side indexes a share of the photos
 in a process of its own, each repetition another share, the sides by turns; ratios are medians over the repetitions.
 Clocks start when the model is loaded and has seen a picture, and stop when the last vector is on disk. Sides whose
 package is missing are left out, and the section says so. rclip is better installed apart: --rclip-python names the
-interpreter that has it. With --work, photos and models stay there for the next time.
+interpreter that has it; --openvino-python one that has everything and OpenVINO.
+With --work, photos and models stay there for the next time.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ FEWER = 8  # times fewer of the large ones
 NAIVE_BATCH, RCLIP_BATCH = 32, 8  # rclip's default
 READY_BATCH = 16  # of pictures that need no decoding
 PRODUCT = 2048  # rows and columns of the matrix product that shows what a core can do
+CALIBRATION = 128  # captioned photos for int8, half of them only measured; with random weights that says nothing
 ROUNDS = 5  # of a product and an encoding, by turns
 
 Result = dict[str, Any]
@@ -48,6 +51,7 @@ class Side:
     kind: str  # a key of CHILDREN
     model: str = ""  # below the work folder, or `builtin`
     precision: str = "auto"  # of the arithmetic
+    openvino: bool = False  # computed by it, where ONNX Runtime is otherwise
 
 
 VIT = {
@@ -55,8 +59,9 @@ VIT = {
     "torch fp32": Side("`diptych index`, torch fp32", "library", "vit", "fp32"),
     "torch bf16": Side("`diptych index`, torch bf16", "library", "vit", "bf16"),
     "onnx fp32": Side("`diptych index`, bundle, fp32", "library", "vit-fp32", "fp32"),
-    "onnx bf16": Side("`diptych index`, bundle, bf16 (OpenVINO)", "library", "vit-fp32", "bf16"),
-    "onnx int8": Side("`diptych index`, bundle stored as int8", "library", "vit-int8"),
+    "onnx int8": Side("`diptych index`, bundle, int8", "library", "vit-int8"),
+    "openvino bf16": Side("`diptych index`, bundle, bf16, OpenVINO", "library", "vit-fp32", "bf16", True),
+    "openvino int8": Side("`diptych index`, bundle, int8, OpenVINO", "library", "vit-int8", "auto", True),
 }
 BUILTIN = {
     "bare": Side("the bare encoder on ready tensors, built-in model", "bare", "builtin"),
@@ -175,7 +180,7 @@ def arithmetic(work: Path, side: Side, photos: Path, _: int) -> Result:
     size = encoder.preprocessing.size
     files = sorted(photos.iterdir())[:READY_BATCH]
     ready = [encoder.preprocessing.fit(read_photo(file).image) for file in files]
-    products = matrix_products(ARITHMETIC[side.model, side.precision])
+    products = matrix_products("int8" if side.model == "vit-int8" else side.precision)
 
     def seconds(function: Callable[[], object]) -> float:
         before = time.process_time()
@@ -192,10 +197,6 @@ def arithmetic(work: Path, side: Side, photos: Path, _: int) -> Result:
     peak, name = max((statistics.median(values), name) for name, values in peaks.items())
     speed = vit_operations(work / "vit", size) / per_image
     return {"cpu": 1000 * per_image, "speed": speed, "peak": peak, "of": name, "share": speed / peak}
-
-
-ARITHMETIC = {("vit", "fp32"): "fp32", ("vit", "bf16"): "bf16", ("vit-fp32", "fp32"): "fp32",
-              ("vit-fp32", "bf16"): "bf16", ("vit-int8", "auto"): "int8"}  # fmt: skip
 
 
 def vit_operations(model: Path, size: tuple[int, int]) -> float:
@@ -253,18 +254,13 @@ def encoder_of(work: Path, side: Side, threads: int) -> Any:
 
     folder = work / side.model
     spec = "builtin" if side.model == "builtin" else f"local-dir:{folder}"
-    if side.model != "builtin" and not folder.is_dir():
-        missing(f"{side.model} could not be exported")
-    if side.model == "vit-fp32" and side.precision == "bf16":
-        needs("openvino")
+    from retrieval import sessions
+
+    if side.openvino and not sessions.has_openvino():
+        missing("No module named 'openvino'")
+    if not side.openvino:
+        sessions.has_openvino = lambda: False  # as in an installation without the extra
     return load_encoder(spec, threads=threads, precision=side.precision)
-
-
-def needs(package: str) -> None:
-    try:
-        __import__(package)
-    except ImportError as error:
-        missing(str(error))
 
 
 def missing(reason: str) -> None:
@@ -324,13 +320,14 @@ def make_photos(originals: Path, folder: Path, size: tuple[int, int], shares: in
         photo.save(place, quality=90)
 
 
-def make_models(work: Path) -> None:
+def make_models(data: Path, work: Path) -> None:
     """ViT-B-32 with random weights as open_clip keeps it, and what `diptych models export` makes of it."""
     import open_clip
     import torch
     from safetensors.torch import save_file
 
-    from retrieval.errors import DiptychError
+    from retrieval.encoders import export_bundle
+    from retrieval.pairs import read_pairs
 
     folder = work / "vit"
     folder.mkdir()
@@ -339,18 +336,14 @@ def make_models(work: Path) -> None:
     torch.manual_seed(0)
     model = open_clip.create_model(ARCHITECTURE)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    from retrieval.encoders import export_bundle
-
-    for precision in ("fp32", "int8"):
-        try:
-            export_bundle(f"local-dir:{folder}", work / f"vit-{precision}", precision)
-        except (DiptychError, KeyError, ImportError) as error:
-            print(f"no {precision} bundle: {error!r}", file=sys.stderr)
+    export_bundle(f"local-dir:{folder}", work / "vit-fp32")
+    records = read_pairs(data / "flickr8k/captions.jsonl", "val")[:CALIBRATION]
+    export_bundle(str(work / "vit-fp32"), work / "vit-int8", "int8/fp32", calibrate=records)
 
 
 def prepare(data: Path, work: Path, photos: int, shares: int) -> None:
     if not (work / "vit").is_dir():
-        make_models(work)
+        make_models(data, work)
     for name, size in SIZES.items():
         each = max(1, photos // shares // (FEWER if name == "12" else 1))
         if not (work / name).is_dir():
@@ -391,6 +384,8 @@ def measure(options: argparse.Namespace, work: Path) -> dict[tuple[str, ...], li
                 continue
             share = work / ("0.3" if group == "arithmetic" else group) / str(repetition)
             python = options.rclip_python if kind == "rclip" else sys.executable
+            if SIDES[side].openvino:
+                python = options.openvino_python
             threads = 1 if kind == "arithmetic" else options.threads
             result = start(kind, side, work, share, threads, python)
             if result is None:
@@ -421,7 +416,11 @@ def judged(name: str, value: float | None, said: str, bar: float) -> str:
 def bars(runs: Mapping[tuple[str, ...], list[Result]]) -> list[str]:
     """The bars of the project, each in a sentence."""
     fast = {"avx512_bf16", "avx512_vnni"} <= processor_flags()
-    vit = {"bf16": ("torch bf16", "onnx bf16"), "int8": ("onnx int8",), "fp32": ("torch fp32", "onnx fp32")}
+    vit = {
+        "bf16": ("torch bf16", "openvino bf16"),
+        "int8": ("onnx int8", "openvino int8"),
+        "fp32": ("torch fp32", "onnx fp32"),
+    }
     lines = []
 
     def against(name: str, group: str, sides: tuple[str, ...], other: tuple[str, str], bar: float) -> None:
@@ -501,5 +500,6 @@ if __name__ == "__main__":
         parser.add_argument("--repetitions", type=int, default=5)
         parser.add_argument("--threads", type=int, default=2)
         parser.add_argument("--rclip-python", default=sys.executable)
+        parser.add_argument("--openvino-python", default=sys.executable)
         parser.add_argument("--work", type=Path, help="keep photos and models there")
         main(parser.parse_args())

@@ -38,7 +38,7 @@ ModelOption = Annotated[
         help="builtin, an imported name, a bundle's folder, or open_clip's NAME/PRETRAINED, hf-hub:…, local-dir:….",
     ),
 ]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …; bundles run on the CPU.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, several as cuda:0,cuda:1; bundles run on the CPU.")]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads of the model; default: all this process may use.")
 ]
