@@ -19,6 +19,7 @@ from indexes.errors import StoreNotFound
 from indexes.store import Store, Wanted
 from indexes.vectors import as_vectors
 from retrieval.encoders import load_encoder
+from retrieval.images import read_photo
 from retrieval.library import Library
 from tests.fakes import ColourEncoder
 from tests.indexes.test_vectors import assert_same, brute
@@ -91,10 +92,14 @@ def kill_after(seconds: float, code: str, *arguments: object, wait_for: bytes = 
     return process.wait() == -signal.SIGKILL
 
 
+def prepared(file, encoder):
+    return read_photo(file, preprocessing=encoder.preprocessing).image
+
+
 def expected_vectors(folder, encoder):
     """Path -> the vector that an index run stores, for every picture that can be read; encoded anew, one by one."""
     files = sorted(file for file in folder.rglob("*.png") if file.stat().st_size > 100)
-    vectors = np.concatenate([encoder.encode_images([Image.open(file).convert("RGB")]) for file in files])
+    vectors = np.concatenate([encoder.encode_images([prepared(file, encoder)]) for file in files])
     return dict(zip((file.relative_to(folder).as_posix() for file in files), vectors, strict=True))
 
 
@@ -185,7 +190,7 @@ def kills_over_a_changing_folder(photos, tmp_path, kills):
             assert not buried & set(paths)  # nothing deleted comes back
             places = [folder / name if name in there else aside / name for name in paths]
             if paths:
-                vectors = np.concatenate([encoder.encode_images([Image.open(p).convert("RGB")]) for p in places])
+                vectors = np.concatenate([encoder.encode_images([prepared(place, encoder)]) for place in places])
                 np.testing.assert_allclose(store.vectors(), as_vectors(vectors.astype(np.float16)), atol=1e-3)
             queries = as_vectors(np.random.default_rng(0).standard_normal((2, 3)))
             if store.ann is None or store.ann.factory == "Flat":

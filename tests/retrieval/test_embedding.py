@@ -21,6 +21,7 @@ from indexes.vectors import as_vectors
 from retrieval import embedding
 from retrieval.embedding import EmbeddingCache, View, cache_folder, encode_pictures, encode_sentences
 from retrieval.errors import DataError, ImageError
+from retrieval.images import read_photo
 from tests.fakes import ColourEncoder
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +84,9 @@ def unit(count, dim, seed=0):
 
 
 def uncached(paths):
-    return np.concatenate([ColourEncoder().encode_images([Image.open(path)]) for path in paths])
+    encoder = ColourEncoder()
+    images = [read_photo(path, preprocessing=encoder.preprocessing).image for path in paths]
+    return np.concatenate([encoder.encode_images([image]) for image in images])
 
 
 def files(folder):
