@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,13 +89,27 @@ ModelOption = Annotated[
         help="builtin, an imported name, a bundle's folder, or open_clip's NAME/PRETRAINED, hf-hub:…, local-dir:….",
     ),
 ]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …; bundles run on the CPU.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, several as cuda:0,cuda:1; bundles run on the CPU.")]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads of the model; default: all this process may use.")
 ]
 PreprocessOption = Annotated[
     str | None,
     typer.Option(help="Only for a bare checkpoint: the open_clip tag it was trained like, or a JSON file."),
+]
+
+
+class RunPrecision(str, Enum):
+    """Of the arithmetic."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+PrecisionOption = Annotated[
+    RunPrecision,
+    typer.Option("--precision", help="What the model multiplies in: auto is the fastest here; int8 bundles stay int8."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 LOCK_SECONDS = 2.0  # that a command waits for another one's writing

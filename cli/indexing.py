@@ -19,7 +19,9 @@ from cli.app import (
     IndexOption,
     JsonOption,
     ModelOption,
+    PrecisionOption,
     PreprocessOption,
+    RunPrecision,
     ThreadsOption,
     app,
     open_library,
@@ -53,6 +55,7 @@ def index(
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     preprocess: PreprocessOption = None,
+    precision: PrecisionOption = RunPrecision.auto,
     max_megapixels: Annotated[
         float | None, typer.Option(min=0.01, help="Larger pictures count as failures.", show_default="128")
     ] = None,
@@ -83,7 +86,7 @@ def index(
     from retrieval.images import MAX_PIXELS
 
     max_pixels = MAX_PIXELS if max_megapixels is None else int(max_megapixels * 1e6)
-    loading = {"device": device, "threads": threads, "preprocess": preprocess}
+    loading = {"device": device, "threads": threads, "preprocess": preprocess, "precision": precision.value}
     if repair:
         _repair(folder, index)
     library, created = open_or_create(folder, index, model, texts, images, **loading)
@@ -208,12 +211,15 @@ def search(
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     preprocess: PreprocessOption = None,
+    precision: PrecisionOption = RunPrecision.auto,
 ) -> None:
     """Find photos by sentence, by example, or both. Scores are cosines."""
     if math.isnan(threshold):
         raise typer.BadParameter("it must be a number", param_hint="--threshold")
     terms = _terms(query or [], like or [], avoid or [])
-    library = open_library(folder, index, model, device=device, threads=threads, preprocess=preprocess)
+    library = open_library(
+        folder, index, model, device=device, threads=threads, preprocess=preprocess, precision=precision.value
+    )
     below = "" if all_ else library.below(folder)
     condition = _condition(
         library,

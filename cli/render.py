@@ -31,6 +31,17 @@ def note(text: str) -> None:
     sys.stderr.write(_printable(text) + "\n")
 
 
+def quantised(cost: Mapping[str, Any]) -> None:
+    """What int8 costs, of a bundle's ``training["int8"]``: one line."""
+    cosines = ", ".join(f"{value['mean']:.4f} ({tower}s)" for tower, value in cost["cosine"].items())
+    changes = ", ".join(
+        f"{name.replace('_', ' ')} {100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        for name, value in cost["change"].items()
+        for low, high in [cost["intervals"][name]]
+    )
+    note(f"int8 on {cost['measured_on']} pictures: mean cosine {cosines}; in points: {changes}")
+
+
 def json_out(value: Any) -> None:
     """One JSON document on standard output. File names that are not UTF-8 come out as lone surrogates, escaped."""
 

@@ -297,7 +297,7 @@ class Run:
     def _keep(self, file: ScannedFile, read: _Read, old: tuple[int, str] | None) -> None:
         if read.photo is not None:
             self.batch.append((_row(file, read.hash, read.photo), read.photo.image))
-            if len(self.batch) == _BATCH:
+            if len(self.batch) == getattr(self.library.encoder, "batch_size", _BATCH):
                 self._embed()
         elif read.text is not None:
             self.sentences.append((_row(file, read.hash), read.text))

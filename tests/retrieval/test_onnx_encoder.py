@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retrieval import onnx_encoder
+from retrieval import onnx_encoder, sessions
 from retrieval.bundle import Bundle
 from retrieval.encoders import find_bundle
 from retrieval.errors import ModelError
@@ -158,6 +158,19 @@ def test_a_graph_of_another_kind_is_one_plain_line(copy, bundle):
     assert f"the model in {copy} cannot be run" in complaint(copy)
 
 
-def test_threads_change_no_vector(bundle, pictures):
-    one, two = (OnnxEncoder(bundle, threads=threads).encode_images(pictures[:3]) for threads in (1, 2))
-    np.testing.assert_allclose(one, two, atol=1e-5)
+@pytest.mark.parametrize("count", [1, 2, 3, 20])
+def test_threads_change_no_vector_and_no_order(bundle, pictures, count):
+    shown = (pictures * 20)[:count]
+    one, two = (OnnxEncoder(bundle, threads=threads) for threads in (1, 2))
+    assert two.batch_size == 2 * one.batch_size
+    slow = np.concatenate([one.encode_images([picture]) for picture in shown])
+    np.testing.assert_allclose(one.encode_images(shown), slow, atol=1e-5)
+    np.testing.assert_allclose(two.encode_images(shown), slow, atol=1e-5)
+
+
+def test_threads_share_one_session(bundle, pictures, monkeypatch):
+    opened = []
+    monkeypatch.setattr(onnx_encoder, "open_image_session", lambda *how: opened.append(how) or real(*how))
+    real = sessions.open_image_session
+    OnnxEncoder(bundle, threads=2).encode_images((pictures * 6)[:6])
+    assert len(opened) == 1
