@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from retrieval.errors import ModelError
-from retrieval.images import Preprocessing
+from retrieval.preprocessing import Preprocessing
 
 FORMAT = 1
 MODEL_FILE, IMAGE_FILE, TEXT_FILE, TOKENIZER_FILE = "model.json", "image.onnx", "text.onnx", "tokenizer.json"

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from indexes.runtime import thread_count
 from indexes.vectors import Vectors, as_vectors
@@ -18,6 +16,7 @@ from retrieval.errors import ModelError
 from retrieval.sessions import OnnxRuntimeSession, RunPrecision, Session, image_precision, open_image_session
 
 if TYPE_CHECKING:
+    from PIL import Image
     from tokenizers import Tokenizer
 
 _IMAGE_BATCH = 8  # for each thread; measured: nothing is gained above, and memory grows with it
@@ -55,6 +54,8 @@ class OnnxEncoder:
 
         if min(len(parts), self._threads) < 2:
             return self._gather([encode(part) for part in parts])
+        from concurrent.futures import ThreadPoolExecutor
+
         _ = self._image_session  # opened here, not by every thread at once
         with ThreadPoolExecutor(self._threads, "encode") as pool:
             batches = list(pool.map(encode, parts))

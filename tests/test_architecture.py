@@ -113,7 +113,7 @@ def test_torch_would_be_seen():
 OWN = {
     *("cli", "cli.main", "cli.app", "cli.render", "cli.indexing"),
     *("retrieval", "retrieval.errors", "retrieval.library", "retrieval.origin", "retrieval.encoders"),
-    *("retrieval.bundle", "retrieval.onnx_encoder", "retrieval.images"),
+    *("retrieval.bundle", "retrieval.onnx_encoder", "retrieval.sessions", "retrieval.preprocessing"),
     *("indexes", "indexes.errors", "indexes.runtime", "indexes.manifest", "indexes.columns", "indexes.vectors"),
     *("indexes.segments", "indexes.snapshot", "indexes.store"),
 }
@@ -123,7 +123,7 @@ NEEDLESS = {
     *("rich", "filelock", "huggingface_hub", "threadpoolctl", "pi_heif"),
     *("pyarrow.compute", "pyarrow.dataset", "pyarrow.csv", "pyarrow.json"),
     *("asyncio", "concurrent.futures", "multiprocessing", "tarfile"),
-    *("PIL.JpegImagePlugin", "PIL.PngImagePlugin"),
+    *("PIL", "cykooz_resizer"),
 }
 
 
