@@ -30,13 +30,14 @@ from benchmarks.table import machine, write_section
 from indexes.runtime import processor_flags
 
 ROOT = Path(__file__).parents[1]
+BUILTIN_FOLDER = ROOT / "retrieval/models/builtin"
 NOT_INSTALLED = 3  # exit status
 ARCHITECTURE = "ViT-B-32"
 SIZES = {"0.3": (640, 480), "12": (4000, 3000)}  # megapixels
 FEWER = 8  # times fewer of the large ones
 NAIVE_BATCH, RCLIP_BATCH = 32, 8  # rclip's default
 READY_BATCH = 16  # of pictures that need no decoding
-PRODUCT = 2048  # rows and columns of the matrix product that shows what a core can do
+PRODUCTS = (1024, 2048)  # rows and columns of the matrix products that show what a core can do
 CALIBRATION = 128  # captioned photos for int8, half of them only measured; with random weights that says nothing
 ROUNDS = 5  # of a product and an encoding, by turns
 
@@ -65,6 +66,7 @@ VIT = {
 }
 BUILTIN = {
     "bare": Side("the bare encoder on ready tensors, built-in model", "bare", "builtin"),
+    "shared": Side("the same by ONNX Runtime alone, all threads on one batch", "shared", "builtin"),
     "builtin": Side("`diptych index`, built-in model", "library", "builtin"),
     "rclip": Side("rclip's pipeline around the same image.onnx", "rclip", "builtin"),
 }
@@ -140,15 +142,36 @@ def bare(work: Path, side: Side, photos: Path, threads: int) -> Result:
     return clock.result(4 * len(ready), precision=getattr(encoder, "precision", ""))
 
 
+def shared(_: Path, __: Side, photos: Path, threads: int) -> Result:
+    """What ONNX Runtime does when it is told nothing but the number of threads."""
+    import numpy as np
+    import onnxruntime
+
+    from retrieval.bundle import Bundle
+    from retrieval.images import read_photo
+
+    bundle = Bundle.load(BUILTIN_FOLDER)
+    files = sorted(photos.iterdir())[: 4 * READY_BATCH]
+    ready = bundle.preprocessing.pixels([read_photo(file).image for file in files])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(BUILTIN_FOLDER / "image.onnx"), options)
+    name = session.get_inputs()[0].name
+    session.run(None, {name: ready[:1]})
+    with Clock() as clock:
+        for batch in np.split(np.tile(ready, (4, 1, 1, 1)), range(READY_BATCH, 4 * len(ready), READY_BATCH)):
+            session.run(None, {name: batch})
+    return clock.result(4 * len(ready))
+
+
 def rclip(work: Path, _: Side, photos: Path, __: int) -> Result:
     """rclip's own walk, hashes, threads, batches and database; the model is ours, and so is what it wants to see."""
     import numpy as np
     from PIL import Image
     from rclip import db, main, model, model_download
 
-    folder = ROOT / "retrieval/models/builtin"
-    size = json.loads((folder / "model.json").read_text("utf-8"))["preprocessing"]["size"]
-    session = model_download._load_onnx_session(str(folder / "image.onnx"))
+    size = json.loads((BUILTIN_FOLDER / "model.json").read_text("utf-8"))["preprocessing"]["size"]
+    session = model_download._load_onnx_session(str(BUILTIN_FOLDER / "image.onnx"))
 
     class Ours(model.Model):
         def compute_preprocessed_image_features(self, images: list[np.ndarray], **_: object) -> np.ndarray:
@@ -180,7 +203,8 @@ def arithmetic(work: Path, side: Side, photos: Path, _: int) -> Result:
     size = encoder.preprocessing.size
     files = sorted(photos.iterdir())[:READY_BATCH]
     ready = [encoder.preprocessing.fit(read_photo(file).image) for file in files]
-    products = matrix_products("int8" if side.model == "vit-int8" else side.precision)
+    precision = "int8" if side.model == "vit-int8" else side.precision
+    products = {(name, n): run for n in PRODUCTS for name, run in matrix_products(precision, n).items()}
 
     def seconds(function: Callable[[], object]) -> float:
         before = time.process_time()
@@ -191,12 +215,12 @@ def arithmetic(work: Path, side: Side, photos: Path, _: int) -> Result:
     encoding, peaks = [], {name: [] for name in products}
     for _ in range(ROUNDS):
         encoding.append(seconds(lambda: encoder.encode_images(ready)) / len(ready))
-        for name, product in products.items():
-            peaks[name].append(2 * PRODUCT**3 / seconds(product))
+        for (name, n), product in products.items():
+            peaks[name, n].append(2 * n**3 / seconds(product))
     per_image = statistics.median(encoding)
-    peak, name = max((statistics.median(values), name) for name, values in peaks.items())
+    peak, (name, n) = max((statistics.median(values), which) for which, values in peaks.items())
     speed = vit_operations(work / "vit", size) / per_image
-    return {"cpu": 1000 * per_image, "speed": speed, "peak": peak, "of": name, "share": speed / peak}
+    return {"cpu": 1000 * per_image, "speed": speed, "peak": peak, "of": f"{name}, {n} × {n}", "share": speed / peak}
 
 
 def vit_operations(model: Path, size: tuple[int, int]) -> float:
@@ -212,22 +236,23 @@ def vit_operations(model: Path, size: tuple[int, int]) -> float:
     return vision["layers"] * (24 * n * w**2 + 4 * n**2 * w) + 2 * (n - 1) * 3 * p**2 * w + 2 * w * d
 
 
-def matrix_products(precision: str) -> Mapping[str, Callable[[], object]]:
-    """PRODUCT × PRODUCT by itself, on one thread, by every library here that has a kernel for it."""
+def matrix_products(precision: str, n: int) -> Mapping[str, Callable[[], object]]:
+    """A matrix of n × n by another, on one thread, by every library here that has a kernel for it."""
     import numpy as np
     import torch
 
     torch.set_num_threads(1)
     random = np.random.default_rng(0)
+    if precision == "int8":
+        u, s = (random.integers(low, 127, (n, n)).astype(kind) for low, kind in ((0, "u1"), (-127, "i1")))
+        a = torch.from_numpy(s)
+        return {"torch": lambda: torch._int_mm(a, a), "ONNX Runtime": onnx_product("MatMulInteger", u, s)}
+    b = random.standard_normal((n, n), np.float32)
+    c = torch.from_numpy(b)
     if precision == "bf16":
-        a = torch.from_numpy(random.standard_normal((PRODUCT, PRODUCT), np.float32)).bfloat16()
-        return {"torch": lambda: torch.nn.functional.linear(a, a)}
-    if precision == "fp32":
-        b = random.standard_normal((PRODUCT, PRODUCT), np.float32)
-        c = torch.from_numpy(b)
-        return {"torch": lambda: c @ c, "ONNX Runtime": onnx_product("MatMul", b, b)}
-    u, s = (random.integers(low, 127, (PRODUCT, PRODUCT)).astype(kind) for low, kind in ((0, "u1"), (-127, "i1")))
-    return {"ONNX Runtime": onnx_product("MatMulInteger", u, s)}
+        d = c.bfloat16()
+        return {"torch": lambda: torch.nn.functional.linear(d, d)}
+    return {"torch": lambda: c @ c, "ONNX Runtime": onnx_product("MatMul", b, b)}
 
 
 def onnx_product(operator: str, a: Any, b: Any) -> Callable[[], object]:
@@ -272,6 +297,7 @@ CHILDREN: Mapping[str, Callable[[Path, Side, Path, int], Result]] = {
     "naive": naive,
     "library": library,
     "bare": bare,
+    "shared": shared,
     "rclip": rclip,
     "arithmetic": arithmetic,
 }
@@ -372,10 +398,9 @@ def start(kind: str, name: str, work: Path, photos: Path, threads: int, python: 
 
 def measure(options: argparse.Namespace, work: Path) -> dict[tuple[str, ...], list[Result]]:
     """Results by (kind or megapixels, side), a list over the repetitions; nothing under a side that is left out."""
-    turns: list[tuple[str, str, str]] = [("12" if name == "large" else "0.3", side, SIDES[side].kind)
-                                         for name in ("small", "large") for side in SIDES]  # fmt: skip
+    turns = [(size, name, side.kind) for size in SIZES for name, side in SIDES.items()]
+    turns = [turn for turn in turns if turn[0] == "0.3" or turn[2] not in ("bare", "shared")]  # which decode nothing
     turns += [("arithmetic", side, "arithmetic") for side in VIT if side != "naive"]
-    turns.remove(("12", "bare", "bare"))  # ready tensors have no size of their own
     runs: dict[tuple[str, ...], list[Result]] = {}
     left_out = set()
     for repetition in range(options.repetitions):
@@ -463,7 +488,7 @@ def main(options: argparse.Namespace) -> None:
     rows = []
     for (group, side), some in runs.items():
         ratio = ""
-        if group in SIZES and (group, "naive") in runs and side in VIT:
+        if group in SIZES and (group, "naive") in runs and side in VIT and side != "naive":
             ratio = compared(some, runs[group, "naive"])[1]
         if group == "arithmetic":
             speed, peak = (f"{median(some, key) / 1e9:.0f}" for key in ("speed", "peak"))
@@ -480,7 +505,7 @@ def main(options: argparse.Namespace) -> None:
         f"({mean['0.3']:.2f} MB each), or {counts['12']} of 12 MP ({mean['12']:.1f} MB), others in each of "
         f"{options.repetitions} interleaved repetitions; medians, ratios with their range; a process each; loading "
         "the model does not count. Arithmetic: operations of the image tower's matrix products a second of processor "
-        f"time, beside the fastest product of two matrices of {PRODUCT} × {PRODUCT} at that precision.\n\n"
+        f"time, beside the fastest product of two matrices of {' or '.join(map(str, PRODUCTS))} rows in that.\n\n"
         + "\n".join(f"- {line}" for line in bars(runs))
         + (f"\n\nLeft out, because what they need is not installed: {', '.join(absent)}." if absent else ""),
         ("MP", "what", "images/s", "CPU ms an image", "times naive"),
