@@ -12,15 +12,13 @@ from PIL import Image
 
 from indexes.runtime import thread_count
 from indexes.vectors import Vectors, as_vectors
+from retrieval import sessions
 from retrieval.bundle import IMAGE_FILE, TEXT_FILE, TOKENIZER_FILE, Bundle
 from retrieval.errors import ModelError
 from retrieval.sessions import OnnxRuntimeSession, RunPrecision, Session, image_precision, open_image_session
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-_IMAGE_BATCH = 16  # measured: nothing is gained above 8, and memory grows with it
-_TEXT_BATCH = 64
 
 
 class OnnxEncoder:
@@ -41,8 +39,8 @@ class OnnxEncoder:
     def encode_images(self, images: Sequence[Image.Image]) -> Vectors:
         """Pictures of any size and mode -> (N, D) unit rows."""
         batches = [
-            self._run(self._image_session, self.preprocessing.pixels(images[i : i + _IMAGE_BATCH]))
-            for i in range(0, len(images), _IMAGE_BATCH)
+            self._run(self._image_session, self.preprocessing.pixels(images[i : i + sessions.IMAGE_BATCH]))
+            for i in range(0, len(images), sessions.IMAGE_BATCH)
         ]
         return self._gather(batches)
 
@@ -50,9 +48,9 @@ class OnnxEncoder:
         """Sentences -> (N, D) unit rows. What is longer than the context length is cut off."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths together: little padding
         batches = []
-        for i in range(0, len(order), _TEXT_BATCH):
+        for i in range(0, len(order), sessions.TEXT_BATCH):
             # Half characters, as bytes that are no text become on the command line, are refused by the tokenizer.
-            batch = [texts[j].encode("utf-8", "replace").decode("utf-8") for j in order[i : i + _TEXT_BATCH]]
+            batch = [texts[j].encode("utf-8", "replace").decode("utf-8") for j in order[i : i + sessions.TEXT_BATCH]]
             encodings = self._tokenizer.encode_batch(batch)
             batches.append(self._run(self._text_session, np.array([e.ids for e in encodings], np.int64)))
         rows = self._gather(batches)

@@ -22,9 +22,16 @@ from tests.odd_photos import real_photos
 from tests.retrieval.open_clip_models import TINY, save_model
 from tests.retrieval.test_onnx_encoder import SENTENCES
 
-EVERYDAY = (
-    "astronaut camera chelsea china coffee flower motorcycle_left rocket".split()
-)  # not a cell, and no brick wall
+EVERYDAY = [
+    "astronaut",
+    "camera",
+    "chelsea",
+    "china",
+    "coffee",
+    "flower",
+    "motorcycle_left",
+    "rocket",
+]  # not a cell, and no brick wall
 LEAST_COSINE = {  # to fp32, of such photos and of sentences
     "fp16": {"image": 0.99999, "text": 0.99999},
     "int8": {"image": 0.98, "text": 0.998},
