@@ -11,6 +11,7 @@ import numpy as np
 
 from indexes.runtime import thread_count
 from indexes.vectors import Vectors, as_vectors
+from retrieval import sessions
 from retrieval.bundle import IMAGE_FILE, TEXT_FILE, TOKENIZER_FILE, Bundle
 from retrieval.errors import ModelError
 from retrieval.sessions import OnnxRuntimeSession, RunPrecision, Session, image_precision, open_image_session
@@ -18,9 +19,6 @@ from retrieval.sessions import OnnxRuntimeSession, RunPrecision, Session, image_
 if TYPE_CHECKING:
     from PIL import Image
     from tokenizers import Tokenizer
-
-_IMAGE_BATCH = 8  # for each thread; measured: nothing is gained above, and memory grows with it
-_TEXT_BATCH = 64
 
 
 class OnnxEncoder:
@@ -41,12 +39,12 @@ class OnnxEncoder:
         self.score_scale = bundle.score_scale
         self._stored, self._asked = bundle.precision.get("image", "fp32"), precision
         self._threads = min(threads or thread_count(), os.cpu_count() or 1)  # more never helps, thousands never start
-        self.batch_size = _IMAGE_BATCH * self._threads
+        self.batch_size = sessions.IMAGE_BATCH * self._threads
 
     def encode_images(self, images: Sequence[Image.Image]) -> Vectors:
         """Pictures of any size and mode -> (N, D) unit rows."""
         # Few pictures are shared out as well, but not one by one.
-        step = min(_IMAGE_BATCH, max(2, -(-len(images) // self._threads)))
+        step = min(sessions.IMAGE_BATCH, max(2, -(-len(images) // self._threads)))
         parts = [images[i : i + step] for i in range(0, len(images), step)]
 
         def encode(part: Sequence[Image.Image]) -> Vectors:
@@ -65,9 +63,9 @@ class OnnxEncoder:
         """Sentences -> (N, D) unit rows. What is longer than the context length is cut off."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths together: little padding
         batches = []
-        for i in range(0, len(order), _TEXT_BATCH):
+        for i in range(0, len(order), sessions.TEXT_BATCH):
             # Half characters, as bytes that are no text become on the command line, are refused by the tokenizer.
-            batch = [texts[j].encode("utf-8", "replace").decode("utf-8") for j in order[i : i + _TEXT_BATCH]]
+            batch = [texts[j].encode("utf-8", "replace").decode("utf-8") for j in order[i : i + sessions.TEXT_BATCH]]
             encodings = self._tokenizer.encode_batch(batch)
             batches.append(self._run(self._text_session, np.array([e.ids for e in encodings], np.int64)))
         rows = self._gather(batches)

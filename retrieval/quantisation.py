@@ -34,10 +34,10 @@ from retrieval.errors import MissingExtra, ModelError
 SMALL = 2048  # tensors of fewer numbers (norms, biases) stay fp32: they weigh nothing and are the most sensitive
 _BLOCK = 32  # weights that share a scale; measured on the built-in text tower: cosine 0.9997, of 128 weights 0.9993
 _FOLDED = "diptych.folded"  # metadata of a graph: each convolution's weights, and the batch norm that is in them
-# What is added to a weight's name: in half, its transpose, a table that is picked from; integers, and their scales.
+# What is added to a weight's name: in half, transposed, a table that is picked from; integers, their scales.
 _HALF, _TURNED, _ROWS, _INT8, _SCALE = ".fp16", ".transposed", ".rows", ".int8", ".int8.scale"
-# The first convolutions of a deep network stay in float32. Built-in image tower: cosine 0.9953 without, 0.9970 with one,
-# 0.9976 with two, 0.9976 with three; two also take the least time (6.2 ms a picture, 7.3 without).
+# The first convolutions of a deep network stay in float32. Cosines of the built-in image tower: 0.9953 with none so,
+# 0.9970 with one, 0.9976 with two, 0.9976 with three. Two also take the least time: 6.2 ms a picture, 7.3 with none.
 _IN_FLOAT = 2
 _BATCH = 8
 
@@ -274,7 +274,8 @@ def quantise_image(model: Any, pixels: Sequence[NDArray[np.uint8]]) -> Any:
 def _quantisable(graph: Any) -> list[str]:
     """Names of the nodes to compute in int8: products with weights, and what maps of features go through between them.
 
-    Not the first convolutions of a deep network, whose rounding goes through all that follows. Sums too, where both sides are such maps; the sums of a transformer's residual stream stay in float32.
+    Sums too, where both sides are such maps; the sums of a transformer's residual stream stay in float32. So do the
+    first convolutions of a deep network, whose rounding goes through all that follows.
     """
     constants = {tensor.name for tensor in graph.initializer}
     convs = [node.output[0] for node in graph.node if node.op_type == "Conv"]

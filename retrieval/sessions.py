@@ -18,6 +18,8 @@ from indexes.vectors import Vectors
 from retrieval.errors import MissingExtra, ModelError
 
 RunPrecision: TypeAlias = Literal["auto", "fp32", "bf16"]
+IMAGE_BATCH = 4  # built-in tower, ms a picture and peak: 1: 5.4, 104 MB; 4: 5.7, 184; 8: 6.5, 288; 16: 7.2, 502
+TEXT_BATCH = 64
 _BF16 = frozenset({"avx512_bf16", "amx_bf16"})
 
 
@@ -79,6 +81,10 @@ class OnnxRuntimeSession:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Threads without work sleep: waiting in a loop they take the processor from those that decode. Measured with
+        # two on the built-in image tower: 13.0 ms of CPU a picture, against 7.2.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # The arena stays on: without it a picture costs 12.8 ms instead of 6.5, for 60 MB less.
         options.log_severity_level = 3  # errors only: its warnings are about graph optimisation, not about the user
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -1,6 +1,5 @@
 """From a file to a model's input by the quick way, against the slow one: decoded in full, and then fitted by Pillow."""
 
-
 import numpy as np
 import pytest
 from PIL import Image
