@@ -88,7 +88,7 @@ def measure(files: list[Path], encoder: Encoder) -> dict[str, float]:
         return [read_photo(content, preprocessing=fit).image for content in contents]
 
     def with_pillow() -> list[Image.Image]:
-        with mock.patch.object(preprocessing, "_resizer", lambda: None):
+        with mock.patch.object(preprocessing, "_resizer", return_value=None):
             return quick()
 
     def run() -> None:

@@ -55,7 +55,8 @@ for score, row in zip(scores[0], rows[0]):
 # The parts of a search, one after the other in a process; each is what the ones before it leave to do.
 PARTS = {
     "Python itself": "",
-    "click, and the command's own module": "import cli.main, cli.indexing",
+    "typer": "import typer; from cli.main import app",
+    "the command, its options read": "typer.main.get_command(app).commands['search'].make_context('search', ['a'])",
     "NumPy": "import numpy",
     "pyarrow, with Parquet": "import pyarrow, pyarrow.parquet",
     "own modules (and Pillow)": "import retrieval.library",

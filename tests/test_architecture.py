@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import typer
 
 from indexes.store import ModelRef, Row, Store
 from retrieval.encoders import load_encoder
@@ -198,6 +201,18 @@ def test_a_command_that_reads_no_index_loads_no_other_command(tmp_path):
     found = imported(tmp_path, "models", "list")
     assert found & {"cli.indexing", "cli.training", "cli.measuring", "onnxruntime", "faiss"} == set()
     assert "retrieval.encoders" in found
+
+
+def test_every_command_that_a_module_declares_can_be_called():
+    import cli
+    from cli.app import app
+
+    for module in pkgutil.iter_modules(cli.__path__):
+        importlib.import_module(f"cli.{module.name}")
+    declared = {info.name or info.callback.__name__ for info in app.registered_commands}
+    commands = typer.main.get_command(app).commands
+    assert set(commands) == declared | {"models"}
+    assert [name for name, command in commands.items() if command.name != name] == []
 
 
 def test_needless_modules_would_be_seen(store):

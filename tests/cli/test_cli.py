@@ -326,6 +326,11 @@ def test_interrupt_keeps_what_is_finished(tmp_path):
     assert report["skipped"] + report["added"] == 300
 
 
+def test_a_misspelt_command_is_told_which_was_meant():
+    run = diptych("serach", "a cat")
+    assert (run.returncode, "Did you mean 'search'?" in run.stderr) == (2, True)
+
+
 def test_a_search_that_ends_at_once_has_said_everything_and_says_how_it_went(indexed, tmp_path):
     found = diptych("search", "a cat", "-f", "-n", "-t", "20", cwd=indexed)
     assert (found.returncode, len(found.stdout.splitlines())) == (0, 20)
