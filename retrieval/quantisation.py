@@ -88,11 +88,18 @@ def read_weights(path: Path) -> dict[str, Values]:
         factor = factor.reshape(-1, 1, 1, 1)
         weights[name] = np.divide(weights[name], factor, out=np.zeros_like(weights[name]), where=factor != 0)
     derived = (_INT8, _SCALE, "_quantized", "_scale", "_zero_point")
+    in_int8 = any(name.endswith((_SCALE, "_quantized")) for name in stored)
     return {
-        name.removeprefix("tower."): np.ascontiguousarray(value)
+        name.removeprefix("tower."): _as_written(value) if in_int8 else value
         for name, value in weights.items()
         if name.startswith("tower.") and not name.endswith(derived)
     }
+
+
+def _as_written(value: Values) -> Values:
+    """What int8 stands for, as a bundle in fp16 keeps it: towers that stay frozen are the same in every run."""
+    rounded = value.astype(np.float16) if value.size >= SMALL else value
+    return np.ascontiguousarray(rounded, np.float32)
 
 
 def _arrays(model: Any) -> dict[str, NDArray[Any]]:

@@ -151,7 +151,7 @@ def test_clip_benchmark_page_and_run(data, tmp_path):
     )  # fmt: skip
     assert result(run) == {
         "dataset": data.name,
-        "model": "diptych-builtin-2",
+        "model": "diptych-builtin-3",
         "pretrained": "",
         "task": "zeroshot_retrieval",
         "metrics": {f"{way}_retrieval_recall@{k}": 1.0 for way in ("image", "text") for k in (1, 5, 10)},

@@ -63,14 +63,15 @@ def test_it_learns_what_the_drawings_show(trained):
 
 
 def test_the_numbers_are_those_of_the_bundle_that_was_written(world, trained):
-    """Computed again through ONNX, with the stored fp16 weights, from the files, by `evaluate`."""
+    """Computed again through ONNX, with the weights as stored (int8, fp16), from the files, by `evaluate`."""
     records = read_pairs(world.pairs, "val")
     for model, prefix in ((find_bundle("builtin"), "before_val_"), (trained.output, "val_")):
         again = evaluate(OnnxEncoder(Bundle.load(model)), records).metrics
         told = {key: value for key, value in again.items() if prefix + key in trained.printed["metrics"]}
         assert {"t2i_hit@1", "i2t_hit@10", "t2i_median_rank"} <= set(told)
         for key, value in told.items():
-            tolerance = 1 if key.endswith("rank") else 0.1  # a near tie may fall either way: one or two of 20
+            # A near tie may fall either way: one or two of 20, or three where activations are rounded to int8.
+            tolerance = 2 if key.endswith("rank") else 0.16
             assert trained.printed["metrics"][prefix + key] == pytest.approx(value, abs=tolerance), key
 
 
