@@ -1,0 +1,160 @@
+"""Late fusion: a model of each modality, and their outputs joined."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.model_selection import KFold, StratifiedKFold
+
+from retrieval.heads.linear import FittedLinear, Linear
+from retrieval.heads.modalities import Inputs
+from retrieval.heads.problem import Arrays, Fitted, Part, Problem
+from retrieval.heads.scores import Outputs
+from retrieval.heads.targets import Target
+
+_FOLDS = 5  # of stacking: each row's first-level outputs come from models that have not seen it
+_FLOOR = 1e-4  # of a probability, before its logarithm
+
+Rule = Literal["average", "vote", "stacking"]
+
+
+@dataclass(frozen=True)
+class Late:
+    """Joins models of one modality each: the mean of their outputs, a vote, or a model on top (Wolpert 1992)."""
+
+    rule: Rule
+    stage: str
+    about: str
+
+    def fit(self, problem: Problem) -> FittedLate:
+        """Join the models that are fitted already, ``problem.alone``."""
+        models = {name: problem.alone[name] for name in problem.train.inputs.names}
+        # What a row without anything is given: how often each answer is right among all rows.
+        outputs = problem.target.outputs
+        if problem.target.task == "class":
+            prior = np.bincount(problem.train.right, minlength=outputs) / len(problem.train)
+        else:
+            prior = np.atleast_1d(np.asarray(problem.train.right, np.float64).mean(axis=0))
+        if self.rule != "stacking":
+            return FittedLate(problem.target, self.rule, models, prior)
+        top = Linear("logistic", "late", "").fit(_second_level(problem, models, prior))
+        return FittedLate(problem.target, self.rule, models, prior, top)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedLate:
+    """The models, what joins them, and the share of each answer for a row that has nothing."""
+
+    target: Target
+    rule: Rule
+    models: Mapping[str, Fitted]
+    prior: NDArray[np.float64]  # (C,)
+    top: Fitted | None = None
+
+    def predict(self, inputs: Inputs) -> Outputs:
+        """Each model has its say where its modality is there."""
+        said = {name: model.predict(inputs.only(name)) for name, model in self.models.items()}
+        if self.top is not None:
+            return self.top.predict(_features(self.target, inputs, said, self.prior))
+        outputs = np.stack([said[name] for name in inputs.names], axis=1)  # (N, M, C)
+        if self.rule == "vote" and self.target.task != "number":
+            outputs = _votes(self.target, outputs)
+        shares = inputs.present / np.maximum(inputs.present.sum(axis=1, keepdims=True), 1)
+        joined = (outputs * shares[..., None]).sum(axis=1)
+        return np.where(inputs.present.any(axis=1, keepdims=True), joined, self.prior)
+
+    def attention(self, _: Inputs) -> None:
+        """There is none."""
+        return
+
+    def arrays(self) -> Arrays:
+        """See :class:`retrieval.heads.problem.Fitted`."""
+        parts = {**self.models, **({"": self.top} if self.top else {})}
+        nested = {f"{name}/{key}": value for name, part in parts.items() for key, value in part.arrays().items()}
+        return {"prior": self.prior, **nested}
+
+    def settings(self) -> dict[str, Any]:
+        """See :class:`retrieval.heads.problem.Fitted`."""
+        return {
+            "kind": "late",
+            "rule": self.rule,
+            "models": {name: model.settings() for name, model in self.models.items()},
+            "top": self.top.settings() if self.top else None,
+        }
+
+
+def _votes(target: Target, outputs: Outputs) -> Outputs:
+    """(N, M, C) -> the same with a vote for each answer, and a little of its share, which decides between equals."""
+    if target.task == "class":
+        votes = (outputs == outputs.max(axis=2, keepdims=True)).astype(np.float64)
+        votes /= votes.sum(axis=2, keepdims=True)
+    else:
+        votes = (outputs > 0.5).astype(np.float64)
+    mixed: Outputs = 0.9 * votes + 0.1 * outputs
+    return mixed
+
+
+def _features(target: Target, inputs: Inputs, said: Mapping[str, Outputs], prior: NDArray[np.float64]) -> Inputs:
+    """What the model on top sees: logarithms of the odds, the prior's where a modality is missing; or the numbers."""
+    values = []
+    for i, name in enumerate(inputs.names):
+        outputs = np.where(inputs.present[:, i : i + 1], said[name], prior)
+        if target.task == "number":
+            outputs = (outputs - target.mean) / target.std
+        else:
+            shares = np.clip(outputs, _FLOOR, 1 - _FLOOR)
+            outputs = np.log(shares / (1 - shares))
+        values.append(outputs.astype(np.float32))
+    return Inputs(inputs.names, tuple(values), inputs.present)
+
+
+def _second_level(problem: Problem, models: Mapping[str, Fitted], prior: NDArray[np.float64]) -> Problem:
+    """The problem of the model on top: out-of-fold outputs of logistic regression, and what the models say of val."""
+    train, val, target = problem.train, problem.val, problem.target
+    said = {name: np.empty((len(train), target.outputs)) for name in models}
+    for fold, (seen, unseen) in enumerate(folds(target, train, _FOLDS, problem.seed)):
+        for name, model in models.items():
+            part = replace(problem.only(name), train=train.take(seen).only(name), views=(), seed=problem.seed + fold)
+            strength = model.strength if isinstance(model, FittedLinear) else 1e-3
+            said[name][unseen] = _refit(part, strength).predict(train.inputs.take(unseen).only(name))
+    of_val = {name: model.predict(val.inputs.only(name)) for name, model in models.items()}
+    return replace(
+        problem,
+        train=Part(_features(target, train.inputs, said, prior), train.right),
+        val=Part(_features(target, val.inputs, of_val, prior), val.right),
+        views=(),
+        treatment="class-weights" if problem.treatment != "none" else "none",
+    )
+
+
+def _refit(problem: Problem, strength: float) -> Fitted:
+    return Linear("logistic", "alone", "", (strength,)).fit(problem)
+
+
+def folds(target: Target, part: Part, count: int, seed: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """(rows to learn from, rows left out) for each fold, stratified by class; no more folds than the data have rows."""
+    rows = np.zeros(len(part))
+    count = max(2, min(count, len(part)))
+    if target.task == "class" and np.bincount(part.right[part.right >= 0]).max() >= count:
+        splitter: Any = StratifiedKFold(count, shuffle=True, random_state=seed)
+    else:
+        splitter = KFold(count, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a class with fewer rows than folds is in some of them only
+        return list(splitter.split(rows, part.right))
+
+
+def load_late(target: Target, settings: Mapping[str, Any], arrays: Arrays, load: Any) -> Fitted:
+    """A fitted model from what it wrote; KeyError or ValueError where that is damaged."""
+
+    def under(name: str) -> Arrays:
+        return {key.removeprefix(f"{name}/"): value for key, value in arrays.items() if key.startswith(f"{name}/")}
+
+    models = {name: load(target, part, under(name)) for name, part in settings["models"].items()}
+    top = load(target, settings["top"], under("")) if settings["top"] else None
+    return FittedLate(target, settings["rule"], models, arrays["prior"], top)
