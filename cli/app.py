@@ -25,6 +25,10 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="List, import and export models.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+classify_app = typer.Typer(
+    help="Say what pictures with text and columns are: fit a fusion, use it.", no_args_is_help=True
+)
+app.add_typer(classify_app, name="classify")
 
 IndexOption = Annotated[
     Path | None,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 # In the order in which `diptych --help` lists their commands.
-from cli import indexing, keeping, measuring, models, porting, render, training  # noqa: F401
+from cli import classifying, indexing, keeping, measuring, models, porting, render, training  # noqa: F401
 from cli.app import INTERRUPTED, USER_ERROR, app, models_app
 from indexes.errors import DiptychError
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.model_selection import KFold, StratifiedKFold
 
 from retrieval.heads.linear import FittedLinear, Linear
 from retrieval.heads.modalities import Inputs
 from retrieval.heads.problem import Arrays, Fitted, Part, Problem
 from retrieval.heads.scores import Outputs
+from retrieval.heads.splits import splits
 from retrieval.heads.targets import Target
 
 _FOLDS = 5  # of stacking: each row's first-level outputs come from models that have not seen it
@@ -74,7 +73,9 @@ class FittedLate:
 
     def arrays(self) -> Arrays:
         """See :class:`retrieval.heads.problem.Fitted`."""
-        parts = {**self.models, **({"": self.top} if self.top else {})}
+        parts = {str(i): model for i, model in enumerate(self.models.values())}
+        if self.top:
+            parts["top"] = self.top
         nested = {f"{name}/{key}": value for name, part in parts.items() for key, value in part.arrays().items()}
         return {"prior": self.prior, **nested}
 
@@ -117,7 +118,8 @@ def _second_level(problem: Problem, models: Mapping[str, Fitted], prior: NDArray
     """The problem of the model on top: out-of-fold outputs of logistic regression, and what the models say of val."""
     train, val, target = problem.train, problem.val, problem.target
     said = {name: np.empty((len(train), target.outputs)) for name in models}
-    for fold, (seen, unseen) in enumerate(folds(target, train, _FOLDS, problem.seed)):
+    strata = train.right.tolist() if target.task == "class" else [0] * len(train)
+    for fold, (seen, unseen) in enumerate(splits(np.arange(len(train)), strata, min(_FOLDS, len(train)), problem.seed)):
         for name, model in models.items():
             part = replace(problem.only(name), train=train.take(seen).only(name), views=(), seed=problem.seed + fold)
             strength = model.strength if isinstance(model, FittedLinear) else 1e-3
@@ -136,25 +138,12 @@ def _refit(problem: Problem, strength: float) -> Fitted:
     return Linear("logistic", "alone", "", (strength,)).fit(problem)
 
 
-def folds(target: Target, part: Part, count: int, seed: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """(rows to learn from, rows left out) for each fold, stratified by class; no more folds than the data have rows."""
-    rows = np.zeros(len(part))
-    count = max(2, min(count, len(part)))
-    if target.task == "class" and np.bincount(part.right[part.right >= 0]).max() >= count:
-        splitter: Any = StratifiedKFold(count, shuffle=True, random_state=seed)
-    else:
-        splitter = KFold(count, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a class with fewer rows than folds is in some of them only
-        return list(splitter.split(rows, part.right))
-
-
 def load_late(target: Target, settings: Mapping[str, Any], arrays: Arrays, load: Any) -> Fitted:
     """A fitted model from what it wrote; KeyError or ValueError where that is damaged."""
 
     def under(name: str) -> Arrays:
         return {key.removeprefix(f"{name}/"): value for key, value in arrays.items() if key.startswith(f"{name}/")}
 
-    models = {name: load(target, part, under(name)) for name, part in settings["models"].items()}
-    top = load(target, settings["top"], under("")) if settings["top"] else None
+    models = {name: load(target, part, under(str(i))) for i, (name, part) in enumerate(settings["models"].items())}
+    top = load(target, settings["top"], under("top")) if settings["top"] else None
     return FittedLate(target, settings["rule"], models, arrays["prior"], top)

@@ -107,9 +107,12 @@ def _estimator(kind: str, strength: float, balanced: str | None, seed: int) -> A
 def _classes(
     kind: str, rows: NDArray[Any], right: NDArray[Any], classes: int, strength: float, balanced: str | None, seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    model = _estimator(kind, strength, balanced, seed).fit(rows, right)
     weights = np.zeros((rows.shape[1], classes))
     bias = np.full(classes, -1e3)  # a class that lost all of its rows
+    if len(present := np.unique(right)) < 2:
+        bias[present] = 0
+        return weights, bias
+    model = _estimator(kind, strength, balanced, seed).fit(rows, right)
     if len(model.classes_) == 2:  # scikit-learn has one column for two classes
         half = np.asarray(model.coef_[0], np.float64) / (2 if kind == "logistic" else 1)
         offset = float(model.intercept_[0]) / (2 if kind == "logistic" else 1)

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.embedding import EmbeddingCache, Progress, View, encode_pictures, encode_sentences
+from indexes.vectors import Vectors
+from retrieval.embedding import (
+    EmbeddingCache,
+    Progress,
+    UnreadablePictures,
+    View,
+    encode_pictures,
+    encode_sentences,
+)
 from retrieval.encoders import Encoder
 from retrieval.errors import DataError
 from retrieval.heads import Modalities, Rows
@@ -23,6 +31,7 @@ from retrieval.pair_formats import some
 from retrieval.pairs import Example, Picture
 
 IMAGE, TEXT = "image", "text"
+Note = Callable[[str], None]
 _MOST_CATEGORIES = 200
 _FURTHEST = 10.0  # standard deviations: what lies further out of a column is measured wrongly, or of another unit
 
@@ -106,6 +115,7 @@ def encode_examples(
     cache: EmbeddingCache | None = None,
     progress: Progress | None = None,
     view: View | None = None,
+    note: Note | None = None,
 ) -> dict[str, Rows]:
     """Tables of the modalities asked for: ``image`` and ``text`` of the encoder, and the columns.
 
@@ -117,9 +127,10 @@ def encode_examples(
         cache: of the encoder's fingerprint; nothing is encoded twice.
         progress: called with (pictures done, pictures in all).
         view: of the pictures, see :func:`retrieval.embedding.encode_pictures`.
+        note: told of pictures that cannot be read; their rows are as if they had none.
 
     Raises:
-        DataError: pictures that cannot be read, values that do not fit.
+        DataError: values that do not fit, or no picture can be read.
     """
     tables: dict[str, Rows] = {}
     by_name = {column.name: column for column in columns}
@@ -133,14 +144,37 @@ def encode_examples(
             pictures = [(row, example.image) for row, example in enumerate(examples) if example.image is not None]
             shown: list[Picture] = [picture for _, picture in pictures]
             if shown:
-                vectors = encode_pictures(encoder, shown, cache=cache, progress=progress, view=view)
-                rows[[row for row, _ in pictures]] = vectors
+                at, vectors = _encode_readable(encoder, shown, cache, progress, view, note)
+                rows[np.array([row for row, _ in pictures])[at]] = vectors
         else:
             said = [row for row, example in enumerate(examples) if example.text.strip()]
             if said:
                 rows[said] = encode_sentences(encoder, [examples[row].text for row in said], cache=cache)
         tables[name] = rows
     return tables
+
+
+def _encode_readable(
+    encoder: Encoder,
+    pictures: Sequence[Picture],
+    cache: EmbeddingCache | None,
+    progress: Progress | None,
+    view: View | None,
+    note: Note | None,
+) -> tuple[NDArray[np.int64], Vectors]:
+    """Which pictures can be read, and their vectors."""
+    at = np.arange(len(pictures))
+    try:
+        return at, encode_pictures(encoder, pictures, cache=cache, progress=progress, view=view)
+    except UnreadablePictures as error:  # all have been tried
+        if len(error.reasons) == len(pictures):
+            raise
+        if note:
+            note(f"{error}; such rows are taken as if they had none")
+        at = np.array([row for row in at if row not in error.reasons])
+        return at, encode_pictures(
+            encoder, [pictures[row] for row in at.tolist()], cache=cache, progress=progress, view=view
+        )
 
 
 # ---- standardised ----------------------------------------------------------------------------------------------------

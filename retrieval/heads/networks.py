@@ -23,6 +23,7 @@ from retrieval.training.fit import FitConfig, adamw, fit_best, plain_groups
 
 _EMA = 0.98  # of the weights: what is kept does not depend on the last batch
 _PATIENCE = 6  # scores on val without a better one
+_FEWEST = 300  # steps: a few rows are passed over often
 _OGM_ALPHA = 0.5  # how much a modality that is ahead is slowed down
 
 
@@ -190,18 +191,19 @@ def _train(variant: Network, problem: Problem, weights: Sequence[float]) -> Fitt
             logits, _, _ = network(val_values, val_present)
             return -float(loss_of(logits, val_right))
 
-        steps = max(1, len(train) // recipe.batch)
+        steps = max(1, len(train) // recipe.batch)  # a pass
+        total = max(recipe.epochs * steps, _FEWEST)
         config = FitConfig(
             network,
             adamw(plain_groups(network, recipe.learning_rate, recipe.weight_decay)),
-            recipe.epochs * steps,
+            total,
             warmup=steps,
             clip=1.0,
             average=WeightAverage(network, _EMA),
             before_step=balance.slow_down if balance else lambda: None,
         )
-        batches = shuffled(len(train), recipe.batch, config.total, problem.seed)
-        fit_best(step, batches, config, score, every=steps, patience=_PATIENCE)
+        batches = shuffled(len(train), recipe.batch, total, problem.seed)
+        fit_best(step, batches, config, score, every=max(steps, total // recipe.epochs), patience=_PATIENCE)
     return FittedNetwork(target, network, build, problem.device)
 
 

@@ -7,14 +7,14 @@ both cancels out (:func:`retrieval.metrics.difference`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
+from retrieval.heads.results import ClassDetail, Curve, Details
 from retrieval.heads.targets import Known, Target
 from retrieval.metrics import Scores, bootstrap_weights
 from retrieval.ranks import Values
@@ -91,60 +91,7 @@ def _numbers(_: Target, right: Known, outputs: Outputs) -> _Measure:
     return of
 
 
-def plain(scores: Scores) -> dict[str, dict[str, float]]:
-    """``{measure: {value, low, high}}``; without draws both ends are NaN."""
-    return {
-        name: dict(zip(("value", "low", "high"), (value, *scores.intervals.get(name, (np.nan, np.nan))), strict=True))
-        for name, value in scores.items()
-    }
-
-
 # ---- in detail -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Curve:
-    """Points of a curve, both from 0 to 1."""
-
-    xs: Values
-    ys: Values
-
-
-@dataclass(frozen=True, eq=False)
-class ClassDetail:
-    """One class or label: its rows, and how they and the guesses at it agree."""
-
-    name: str
-    rows: int
-    precision: float
-    recall: float
-    f1: float
-    roc_auc: float  # NaN where all rows or none are of it
-    average_precision: float
-    precision_recall: Curve | None
-
-
-@dataclass(frozen=True, eq=False)
-class Details:
-    """Everything else that is known of one model's predictions of classes or labels.
-
-    Attributes:
-        averages: precision, recall and F1, macro, micro and weighted; ROC-AUC, macro (one against the rest).
-        classes: in the order of the target's names.
-        confusion: (C, C) rows by right class; None with several labels.
-        confidence: (B,) of bins, the mean probability of the answers in each, and
-        accuracy: (B,) how many of them are right; together the reliability diagram.
-        counts: (B,) answers in each bin.
-        calibration_error: the mean of their distance, weighted by the answers (ECE, Guo et al. 2017, arXiv:1706.04599).
-    """
-
-    averages: Mapping[str, float]
-    classes: Sequence[ClassDetail]
-    confusion: NDArray[np.int64] | None
-    confidence: Values
-    accuracy: Values
-    counts: NDArray[np.int64]
-    calibration_error: float
 
 
 def detail(target: Target, right: Known, outputs: Outputs) -> Details | None:
