@@ -55,7 +55,7 @@ def treated(problem: Problem) -> Part:
     - ``oversample``: rows of rare classes again, until each has as many as the largest
     - ``undersample``: as many rows of each class as the rarest has
     - ``smote``: between rows of a rare class and their neighbours of the same class (Chawla et al. 2002,
-      doi:10.1613/jair.953), on all modalities joined; a new row has the modalities of the row it starts from
+      doi:10.1613/jair.953), on all modalities joined; a new row has the modalities of the nearer one
     - ``augment``: other views of the pictures, as further rows, the rarer the class the more
 
     Raises:
@@ -82,7 +82,6 @@ def treated(problem: Problem) -> Part:
 
 
 def _smote(train: Part, fewest: int, seed: int, method: Any) -> Part:
-    """imbalanced-learn gives the old rows first and then the new ones; it is asked for the new ones' sources too."""
     if fewest < 2:  # no neighbour to go towards
         return train
     inputs = train.inputs

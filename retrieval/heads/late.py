@@ -17,6 +17,7 @@ from retrieval.heads.splits import splits
 from retrieval.heads.targets import Target
 
 _FOLDS = 5  # of stacking: each row's first-level outputs come from models that have not seen it
+_STRENGTHS = (0.03, 0.3, 3.0)  # of the model on top, which has few inputs
 _FLOOR = 1e-4  # of a probability, before its logarithm
 
 Rule = Literal["average", "vote", "stacking"]
@@ -41,7 +42,7 @@ class Late:
             prior = np.atleast_1d(np.asarray(problem.train.right, np.float64).mean(axis=0))
         if self.rule != "stacking":
             return FittedLate(problem.target, self.rule, models, prior)
-        top = Linear("logistic", "late", "").fit(_second_level(problem, models, prior))
+        top = Linear("logistic", "late", "", _STRENGTHS).fit(_second_level(problem, models, prior))
         return FittedLate(problem.target, self.rule, models, prior, top)
 
 
