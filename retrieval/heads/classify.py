@@ -14,6 +14,7 @@ from retrieval.embedding import EmbeddingCache, Progress
 from retrieval.encoders import Encoder
 from retrieval.errors import DataError, UsageError
 from retrieval.heads import Modalities
+from retrieval.heads.graph import FittedGraph, unit_rows
 from retrieval.heads.modalities import IMAGE, TEXT, Column, Inputs, Scaling, encode_examples
 from retrieval.heads.model import FusionClassifier, contributions
 from retrieval.heads.problem import TREATMENTS, Fitted, Part, Problem, Treatment, Variant
@@ -22,7 +23,7 @@ from retrieval.heads.scores import DRAWS, HEADLINE, Outputs, detail, score
 from retrieval.heads.splits import RowNumbers, fold_rows, split_rows
 from retrieval.heads.targets import LABEL, Known, Target, labels_of
 from retrieval.heads.variants import ALONE, FUSED
-from retrieval.metrics import difference
+from retrieval.metrics import difference, evaluate_retrieval
 from retrieval.pair_formats import some
 from retrieval.pairs import Example, read_examples
 
@@ -164,6 +165,8 @@ def fit(
         fitted = final.run((chosen,) if chosen in FUSED else (), None).fitted
     if settings.study and target.task == "class" and len(names) > 1 and not settings.folds:
         result = replace(result, effects=_study(rounds[0]))
+    if (graph := runs[0].fitted.get("graph")) is not None and not settings.folds:
+        result = replace(result, sharing=_sharing(rounds[0], table, graph))
     if settings.explain:
         result = replace(result, explanation=_explained(rounds[0], runs[0].fitted[chosen], names))
     model = FusionClassifier(
@@ -467,6 +470,24 @@ def _study(one: _Round) -> list[Effect]:
             )
         )
     return effects
+
+
+def _sharing(one: _Round, table: _Table, graph: Fitted) -> dict[str, dict[str, float]]:
+    """hit@k between pictures and texts of test: of the stored vectors, and of the graph's outputs for them."""
+    assert isinstance(graph, FittedGraph)  # by its name
+    raw = table.rows(one.parts["test"])
+    if not {IMAGE, TEXT} <= set(one.names):
+        return {}
+    at = [one.names.index(name) for name in (IMAGE, TEXT)]
+    both = np.flatnonzero(one.test.inputs.present[:, at].all(axis=1))
+    if not len(both):
+        return {}
+    outputs = graph.outputs(one.test.inputs)
+    measured = {}
+    for when, (images, texts) in (("before", (raw[IMAGE], raw[TEXT])), ("after", [outputs[i] for i in at])):
+        scores = evaluate_retrieval(unit_rows(images[both]), unit_rows(texts[both]), np.arange(len(both)))
+        measured[when] = {name: value for name, value in scores.items() if "hit@" in name}
+    return measured
 
 
 def _explained(one: _Round, fitted: Fitted, names: tuple[str, ...]) -> Explanation:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from indexes.manifest import replacing
 from retrieval.errors import ModelError, UsageError
 from retrieval.heads import Modalities, check_fingerprint
+from retrieval.heads.graph import load_graph
 from retrieval.heads.late import load_late
 from retrieval.heads.linear import load_linear
-from retrieval.heads.modalities import Column, Inputs, Scaling
+from retrieval.heads.modalities import IMAGE, TEXT, Column, Inputs, Scaling
 from retrieval.heads.networks import load_network
 from retrieval.heads.problem import Arrays, Fitted
 from retrieval.heads.scores import Outputs
@@ -26,6 +27,7 @@ from retrieval.heads.targets import Target
 
 FORMAT = 1
 SETTINGS, ARRAYS, PAGE, RESULT = "classifier.json", "classifier.npz", "report.html", "result.json"
+_DAMAGED = (ValueError, KeyError, TypeError, RuntimeError, AttributeError, EOFError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +137,7 @@ class FusionClassifier:
                 {name: arrays[f"std/{i}"] for i, name in enumerate(names)},
             )
             own = {key.removeprefix("model/"): value for key, value in arrays.items() if key.startswith("model/")}
-            return cls(
+            found = cls(
                 fingerprint=str(fields["fingerprint"]),
                 encoder=str(fields["encoder"]),
                 variant=str(fields["variant"]),
@@ -145,8 +147,20 @@ class FusionClassifier:
                 scaling=scaling,
                 fitted=load_fitted(target, fields["model"], own),
             )
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, zipfile.BadZipFile) as error:
-            raise ModelError(f"{folder} cannot be read as a classifier: {str(error).splitlines()[0]}") from error
+            found._try()
+        except (*_DAMAGED, OSError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ModelError(f"{folder} cannot be read as a classifier: {reason}") from error
+        return found
+
+    def _try(self) -> None:
+        """Raise ValueError if the parts do not fit each other: a row without anything has an answer too."""
+        if not {IMAGE, TEXT, *(column.name for column in self.columns)} >= set(self.modalities):
+            raise ValueError("it has modalities that nothing is known of")
+        widths = {name: np.full((1, len(mean)), np.nan, np.float32) for name, mean in self.scaling.mean.items()}
+        outputs = self.fitted.predict(self.scaling.apply(widths))
+        if outputs.shape != (1, self.target.outputs) or not np.isfinite(outputs).all():
+            raise ValueError("its arrays do not fit its labels")
 
 
 def refuse(folder: Path) -> None:
@@ -160,7 +174,7 @@ def load_fitted(target: Target, settings: Mapping[str, Any], arrays: Arrays) -> 
     kind = settings["kind"]
     if kind == "late":
         return load_late(target, settings, arrays, load_fitted)
-    return {"linear": load_linear, "network": load_network}[kind](target, settings, arrays)
+    return {"linear": load_linear, "network": load_network, "graph": load_graph}[kind](target, settings, arrays)
 
 
 def _target(fields: Mapping[str, Any]) -> Target:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from retrieval.heads.graph import Graph
 from retrieval.heads.late import Late
 from retrieval.heads.linear import Linear
 from retrieval.heads.networks import Network
@@ -30,6 +31,7 @@ FUSED: Mapping[str, Variant] = {
         "cross-attention", "intermediate", "Each modality's tokens ask the others' (Tsai et al. 2019).", tokens=4
     ),
     "transformer": Network("transformer", "intermediate", "A small transformer over all tokens.", tokens=4),
+    "graph": Graph("graph", "A graph network over nearest neighbours (Kipf & Welling 2017)."),
     "late-average": Late("average", "late", "The mean of the best models of one modality each."),
     "late-vote": Late("vote", "late", "Their votes."),
     "late-stacking": Late("stacking", "late", "Logistic regression on their out-of-fold outputs (Wolpert 1992)."),

@@ -18,8 +18,8 @@ _TILT = 15.0  # degrees, either way
 def augmented_view(number: int, preprocessing: Preprocessing) -> View:
     """The n-th view of each picture: the same for the same name and number.
 
-    It is rotated by up to 15 degrees (the corners are filled from within by a crop that leaves them out), then cropped,
-    coloured and mirrored as :func:`retrieval.training.features.augment` has it.
+    It is rotated by up to 15 degrees, without the empty corners, then cropped, coloured and mirrored as
+    :func:`retrieval.training.features.augment` has it.
     """
 
     def name(picture: Picture) -> str:
@@ -37,12 +37,10 @@ def turned(image: Image.Image, angle: float) -> Image.Image:
     """Rotate by so many degrees, and keep the largest upright part of the same proportions without empty corners."""
     turn = np.radians(abs(angle))
     width, height = image.size
-    wide, high = max(width, height), min(width, height)
-    # Of a rectangle scaled by s about the centre, each corner stays inside the turned one.
+    # A rectangle scaled by so much about the centre has its corners inside the turned one.
     scale = min(
         width / (width * np.cos(turn) + height * np.sin(turn)), height / (width * np.sin(turn) + height * np.cos(turn))
     )
-    assert wide >= high
     w, h = max(1.0, width * scale), max(1.0, height * scale)
     box = (round((width - w) / 2), round((height - h) / 2), round((width + w) / 2), round((height + h) / 2))
     return image.rotate(angle, Image.Resampling.BICUBIC).crop(box)

@@ -8,12 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from retrieval.heads.modalities import Column
 from retrieval.heads.model import FusionClassifier, load_fitted
 from retrieval.heads.problem import Problem
 from retrieval.heads.scores import score
 from retrieval.heads.variants import ALONE, FUSED
 from tests.heads.conftest import TARGETS, WIDTHS, torch, with_alone, world  # skips without scikit-learn and torch
 
+PULSE = Column("pulse", "number", 1)
 VARIANTS = {**{f"alone-{name}": spec for name, spec in ALONE.items()}, **FUSED}
 
 
@@ -69,7 +71,7 @@ def test_conformance(name, task, tmp_path):
     settings = json.loads(json.dumps(model.settings()))
     again = load_fitted(target, settings, model.arrays())
     np.testing.assert_array_equal(again.predict(inputs), outputs)
-    classifier = FusionClassifier("f" * 64, "builtin", name, target, inputs.names, (), small.scaling, model)
+    classifier = FusionClassifier("f" * 64, "builtin", name, target, inputs.names, (PULSE,), small.scaling, model)
     classifier.save(tmp_path / "model")
     loaded = FusionClassifier.load(tmp_path / "model")
     np.testing.assert_array_equal(loaded.predict(small.tables), outputs)
