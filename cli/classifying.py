@@ -77,6 +77,9 @@ def fit(
     views: Annotated[
         int, typer.Option(min=0, help="Further views of each photo to learn from, for --imbalance augment.")
     ] = 0,
+    study: Annotated[
+        bool, typer.Option("--study/--no-study", help="Compare every treatment of rare classes on one network.")
+    ] = True,
     folds: Annotated[
         int, typer.Option(min=0, help="Stratified cross-validation with so many folds; 0: the split given.")
     ] = 0,
@@ -105,6 +108,7 @@ def fit(
         imbalance=imbalance.value,
         balance=balance.value,
         views=views,
+        study=study,
         folds=folds,
         explain=explain,
         draws=bootstrap,

@@ -12,9 +12,10 @@ import numpy as np
 
 from retrieval.embedding import EmbeddingCache, Progress
 from retrieval.encoders import Encoder
-from retrieval.errors import DataError, UsageError
+from retrieval.errors import DataError, MissingExtra, UsageError
 from retrieval.heads import Modalities
 from retrieval.heads.graph import FittedGraph, unit_rows
+from retrieval.heads.imbalance import check_installed, treated
 from retrieval.heads.modalities import IMAGE, TEXT, Column, Inputs, Scaling, encode_examples
 from retrieval.heads.model import FusionClassifier, contributions
 from retrieval.heads.problem import TREATMENTS, Fitted, Part, Problem, Treatment, Variant
@@ -128,6 +129,7 @@ def fit(
     """
     began = time.process_time()
     settings.check()
+    check_installed(settings.imbalance)
     notes: list[str] = []
 
     def tell(line: str) -> None:
@@ -164,7 +166,7 @@ def fit(
         final = _Round(table, target, names, {**parts[0], "train": everything}, settings, tell)
         fitted = final.run((chosen,) if chosen in FUSED else (), None).fitted
     if settings.study and target.task == "class" and len(names) > 1 and not settings.folds:
-        result = replace(result, effects=_study(rounds[0]))
+        result = replace(result, effects=_study(rounds[0], tell))
     if (graph := runs[0].fitted.get("graph")) is not None and not settings.folds:
         result = replace(result, sharing=_sharing(rounds[0], table, graph))
     if settings.explain:
@@ -447,25 +449,27 @@ def _summary(
     return result, chosen
 
 
-def _study(one: _Round) -> list[Effect]:
+def _study(one: _Round, tell: Note) -> list[Effect]:
     """The same network under every treatment that there is material for."""
     effects = []
     for treatment in TREATMENTS:
         if treatment == "augment" and not one.problem.views:
             continue
-        from retrieval.heads.imbalance import treated
-
+        try:
+            check_installed(treatment)
+        except MissingExtra as error:
+            tell(f"not compared with the other treatments: {error}")
+            continue
         problem = replace(one.problem, treatment=treatment)
         model = FUSED[_STUDIED].fit(problem)
-        outputs = model.predict(one.test.inputs)
-        details = detail(problem.target, one.test.right, outputs)
+        details = detail(problem.target, one.test.right, model.predict(one.test.inputs))
         assert details is not None  # classes have them
         effects.append(
             Effect(
                 treatment,
                 len(treated(problem)),
                 problem.score(model.predict(problem.val.inputs)),
-                score(problem.target, one.test.right, outputs)["macro_f1"],
+                details.averages["macro_f1"],
                 tuple(of.f1 for of in details.classes),
             )
         )

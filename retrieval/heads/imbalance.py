@@ -6,6 +6,7 @@ For classes; several labels and numbers are left as they are, but for weights an
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,17 @@ from torch import Tensor
 
 from retrieval.errors import MissingExtra
 from retrieval.heads.modalities import Inputs
-from retrieval.heads.problem import Part, Problem
+from retrieval.heads.problem import Part, Problem, Treatment
 
+RESAMPLED: tuple[Treatment, ...] = ("oversample", "undersample", "smote")  # by imbalanced-learn
 GAMMA = 2.0  # of the focal loss: the paper's own
 _NEIGHBOURS = 5  # of SMOTE: the paper's own
+
+
+def check_installed(treatment: Treatment) -> None:
+    """Refuse a treatment whose package is missing: MissingExtra."""
+    if treatment in RESAMPLED and find_spec("imblearn") is None:
+        raise MissingExtra(f"imbalance {treatment}", "'diptych[heads]'")
 
 
 def class_weights(right: NDArray[Any], classes: int) -> NDArray[np.float64]:
@@ -69,11 +77,10 @@ def treated(problem: Problem) -> Part:
     counts = np.bincount(train.right)
     if len(counts[counts > 0]) < 2:
         return train
-    try:
-        from imblearn.over_sampling import SMOTE, RandomOverSampler
-        from imblearn.under_sampling import RandomUnderSampler
-    except ImportError as error:
-        raise MissingExtra("resampling", "'diptych[heads]'") from error
+    check_installed(kind)
+    from imblearn.over_sampling import SMOTE, RandomOverSampler
+    from imblearn.under_sampling import RandomUnderSampler
+
     if kind == "smote":
         return _smote(train, int(counts[counts > 0].min()), problem.seed, SMOTE)
     sampler = (RandomOverSampler if kind == "oversample" else RandomUnderSampler)(random_state=problem.seed)

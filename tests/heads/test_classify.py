@@ -11,14 +11,15 @@ import pytest
 from PIL import Image
 
 from indexes.errors import ModelMismatch
-from retrieval.errors import DataError, ModelError, UsageError
+from retrieval.errors import DataError, MissingExtra, ModelError, UsageError
+from retrieval.heads import imbalance
 from retrieval.heads.classify import ClassifySettings, fit, predict
 from retrieval.heads.modalities import Column
 from retrieval.heads.model import ARRAYS, SETTINGS, FusionClassifier
 from retrieval.pairs import read_examples
 from retrieval.report.classification import classification_page
 from tests.fakes import COLOURS, ColourEncoder
-from tests.heads.conftest import torch  # skips without scikit-learn and torch
+from tests.heads.problems import torch  # skips without scikit-learn and torch
 
 assert torch
 _NAMES = ("red", "green", "blue", "yellow")
@@ -61,6 +62,7 @@ def fitted(file, settings=QUICK, encoder=None, **options):
 
 
 def test_from_rows_to_answers(tmp_path):
+    pytest.importorskip("imblearn")
     encoder = ColourEncoder()
     file = written(tmp_path, drawn(tmp_path))
     result, model, notes = fitted(file, replace(QUICK, explain=True, study=True), encoder)
@@ -328,6 +330,7 @@ def test_tables_of_other_sizes_are_refused(tmp_path):
 
 
 def test_augmented_views_are_embedded_once_and_learnt_from(tmp_path):
+    pytest.importorskip("imblearn")
     encoder = ColourEncoder()
     file = written(tmp_path, drawn(tmp_path, 60, label=lambda row: "warm" if "red" in row["text"] else "cold"))
     settings = replace(QUICK, imbalance="augment", views=2, study=True)
@@ -337,6 +340,16 @@ def test_augmented_views_are_embedded_once_and_learnt_from(tmp_path):
     assert encoder.encoded == 180
     rows = {effect.treatment: effect.rows for effect in result.effects}
     assert rows["augment"] > rows["none"] == 36
+
+
+def test_without_imbalanced_learn_the_rest_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(imbalance, "find_spec", lambda name: None)
+    file = written(tmp_path, drawn(tmp_path))
+    result, _, notes = fitted(file, replace(QUICK, study=True))
+    assert [effect.treatment for effect in result.effects] == ["none", "class-weights", "focal"]
+    assert any("smote needs packages that are not installed: pip install 'diptych[heads]'" in note for note in notes)
+    with pytest.raises(MissingExtra):
+        fitted(file, replace(QUICK, imbalance="smote"))
 
 
 def test_turned_pictures_have_no_empty_corners():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retrieval.heads.graph import FittedGraph, Graph, gather, unit_rows
-from tests.heads.conftest import torch, world  # skips without scikit-learn and torch
+from tests.heads.problems import torch, world  # skips without scikit-learn and torch
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from retrieval.heads.imbalance import class_weights, focal_loss, treated
 from retrieval.heads.modalities import Inputs
 from retrieval.heads.networks import OGM, FusionNet, dropped, loss_function, right_tensor
 from retrieval.heads.problem import TREATMENTS, Part, Problem
-from tests.heads.conftest import TARGETS, torch, world  # skips without scikit-learn and torch
+from tests.heads.problems import TARGETS, torch, world  # skips without scikit-learn and torch
 
 
 @pytest.fixture
@@ -66,6 +66,7 @@ def counts(part):
 
 
 def test_what_each_treatment_makes_of_the_rows(rare):
+    pytest.importorskip("imblearn")
     found = {kind: treated(replace(rare, treatment=kind)) for kind in TREATMENTS if kind != "augment"}
     assert all(counts(found[kind]) == [40, 12, 4] for kind in ("none", "class-weights", "focal"))
     assert counts(found["oversample"]) == counts(found["smote"]) == [40, 40, 40]
@@ -76,6 +77,7 @@ def test_what_each_treatment_makes_of_the_rows(rare):
 
 
 def test_smote_makes_rows_between_rows_of_the_same_class(rare):
+    pytest.importorskip("imblearn")
     made = treated(replace(rare, treatment="smote"))
     inputs, old = made.inputs, rare.train
     np.testing.assert_array_equal(inputs.values[0][:56], old.inputs.values[0])
@@ -92,6 +94,7 @@ def test_smote_makes_rows_between_rows_of_the_same_class(rare):
 
 
 def test_smote_leaves_a_class_of_one_row_alone(rare):
+    pytest.importorskip("imblearn")
     part = rare.train.take(np.arange(53))
     assert counts(treated(replace(rare, train=part, treatment="smote"))) == [40, 12, 1]
 

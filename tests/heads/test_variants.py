@@ -13,7 +13,7 @@ from retrieval.heads.model import FusionClassifier, load_fitted
 from retrieval.heads.problem import Problem
 from retrieval.heads.scores import score
 from retrieval.heads.variants import ALONE, FUSED
-from tests.heads.conftest import TARGETS, WIDTHS, torch, with_alone, world  # skips without scikit-learn and torch
+from tests.heads.problems import TARGETS, WIDTHS, torch, with_alone, world  # skips without scikit-learn and torch
 
 PULSE = Column("pulse", "number", 1)
 VARIANTS = {**{f"alone-{name}": spec for name, spec in ALONE.items()}, **FUSED}
