@@ -77,6 +77,9 @@ def fit(
     views: Annotated[
         int, typer.Option(min=0, help="Further views of each photo to learn from, for --imbalance augment.")
     ] = 0,
+    pixels: Annotated[
+        bool, typer.Option("--pixels/--no-pixels", help="Measure a small CNN on the pixels beside the vectors.")
+    ] = True,
     study: Annotated[
         bool, typer.Option("--study/--no-study", help="Compare every treatment of rare classes on one network.")
     ] = True,
@@ -108,6 +111,7 @@ def fit(
         imbalance=imbalance.value,
         balance=balance.value,
         views=views,
+        pixels=pixels,
         study=study,
         folds=folds,
         explain=explain,

@@ -18,6 +18,7 @@ from retrieval.heads.graph import FittedGraph, unit_rows
 from retrieval.heads.imbalance import check_installed, treated
 from retrieval.heads.modalities import IMAGE, TEXT, Column, Inputs, Scaling, encode_examples
 from retrieval.heads.model import FusionClassifier, contributions
+from retrieval.heads.pixels import PixelCNN, Pixels, read_pixels
 from retrieval.heads.problem import TREATMENTS, Fitted, Part, Problem, Treatment, Variant
 from retrieval.heads.results import Classification, Effect, Explanation, ModelScores
 from retrieval.heads.scores import DRAWS, HEADLINE, Outputs, detail, score
@@ -31,6 +32,7 @@ from retrieval.pairs import Example, read_examples
 Note = Callable[[str], None]
 BALANCES = ("none", "ogm-ge")
 _STUDIED = "early-mlp"  # the network that the treatments of rare classes are compared on
+CNN_NAME = "cnn"
 _FEW = 10  # rows of a class: too few to say much of it
 
 
@@ -47,6 +49,7 @@ class ClassifySettings:
         balance: of modalities: none, or ogm-ge.
         study: compare all treatments on one network.
         folds: of cross-validation; 0: the split given.
+        pixels: measure a small CNN on the pixels beside the models of the image's vector.
         views: further views of each picture to learn from (flipped, rotated, cropped, coloured), embedded once.
         explain: what each modality contributed on test.
         draws: of the bootstrap.
@@ -62,6 +65,7 @@ class ClassifySettings:
     balance: str = "none"
     study: bool = True
     folds: int = 0
+    pixels: bool = True
     views: int = 0
     explain: bool = False
     draws: int = DRAWS
@@ -96,6 +100,7 @@ class _Table:
     examples: Sequence[Example]
     modalities: Modalities
     views: Sequence[Modalities]
+    pixels: Pixels | None
 
     def rows(self, rows: RowNumbers) -> Modalities:
         return {name: table[rows] for name, table in self.modalities.items()}
@@ -306,7 +311,8 @@ def _encode(
             view = augmented_view(number, encoder.preprocessing)
             seen = encode_examples(examples, [IMAGE], (), encoder, cache=cache, progress=progress, view=view)
             views.append({**tables, IMAGE: seen[IMAGE]})
-    return _Table(examples, tables, views)
+    pixels = read_pixels(examples, progress) if settings.pixels and IMAGE in names and len(names) > 1 else None
+    return _Table(examples, tables, views, pixels)
 
 
 # ---- one split -------------------------------------------------------------------------------------------------------
@@ -336,12 +342,16 @@ class _Round:
         tell: Note,
     ) -> None:
         self.names, self.parts = names, parts
+        self.pixels = {} if table.pixels is None else {split: table.pixels[rows] for split, rows in parts.items()}
         self.scaling = Scaling.of(table.rows(parts["train"]))
         right = {split: target.encode([table.examples[row] for row in rows]) for split, rows in parts.items()}
         part = {split: Part(self.scaling.apply(table.rows(rows)), right[split]) for split, rows in parts.items()}
         if target.task == "class":
             self._check_val(target, table, part["val"], tell)
-            part["val"] = part["val"].take(np.flatnonzero(part["val"].right >= 0))
+            known = np.flatnonzero(part["val"].right >= 0)
+            part["val"] = part["val"].take(known)
+            if self.pixels:
+                self.pixels["val"] = self.pixels["val"][known]
         self.test: Part = part["test"]
         views = [
             self.scaling.apply({name: rows[parts["train"]] for name, rows in view.items()}) for view in table.views
@@ -390,9 +400,18 @@ class _Round:
             problem = self.problem.only(name)
             models = {variant: fit_one(problem, (name, variant), spec) for variant, spec in ALONE.items()}
             alone[name] = models[max(models, key=lambda variant: run.val[name, variant])]
+        if self.pixels and fused:
+            self._run_cnn(run)
         problem = replace(self.problem, alone=alone)
         joined = {variant: fit_one(problem, ("", variant), FUSED[variant]) for variant in fused}
         return replace(run, fitted={**alone, **joined})
+
+    def _run_cnn(self, run: _Run) -> None:
+        key, began = (IMAGE, CNN_NAME), time.process_time()
+        model = PixelCNN().fit(self.problem, self.pixels["train"], self.pixels["val"])
+        run.seconds[key] = time.process_time() - began
+        run.val[key] = self.problem.score(model.predict(self.pixels["val"]))
+        run.test[key], run.parameters[key] = model.predict(self.pixels["test"]), model.parameters
 
 
 def _summary(
@@ -415,7 +434,7 @@ def _summary(
     scored = {}
     for key in runs[0].val:
         outputs = np.concatenate([run.test[key] for run in runs])
-        spec = (ALONE if key[0] else FUSED)[key[1]]
+        spec = PixelCNN() if key == (IMAGE, CNN_NAME) else (ALONE if key[0] else FUSED)[key[1]]
         scored[key] = ModelScores(
             name=key[1],
             modality=key[0],

@@ -16,7 +16,7 @@ from tests.training.drawings import COLOURS, SHAPES, draw
 pytest.importorskip("sklearn")
 pytest.importorskip("torch")
 
-QUICK = ("--variants", "early-logistic,late-average", "--bootstrap", "50", "--no-study")
+QUICK = ("--variants", "early-logistic,late-average", "--bootstrap", "50", "--no-study", "--no-pixels")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from tests.heads.problems import torch  # skips without scikit-learn and torch
 
 assert torch
 _NAMES = ("red", "green", "blue", "yellow")
-QUICK = ClassifySettings(variants=("early-logistic", "late-average"), draws=50, study=False)
+QUICK = ClassifySettings(variants=("early-logistic", "late-average"), draws=50, study=False, pixels=False)
 
 
 @pytest.fixture(autouse=True)
@@ -350,6 +350,18 @@ def test_without_imbalanced_learn_the_rest_is_there(tmp_path, monkeypatch):
     assert any("smote needs packages that are not installed: pip install 'diptych[heads]'" in note for note in notes)
     with pytest.raises(MissingExtra):
         fitted(file, replace(QUICK, imbalance="smote"))
+
+
+def test_a_cnn_on_the_pixels_is_measured_beside_the_vectors(tmp_path):
+    rows = drawn(tmp_path)
+    rows[0].pop("image")
+    result, model, _ = fitted(written(tmp_path, rows), replace(QUICK, pixels=True))
+    (cnn,) = [one for one in result.baselines if one.name == "cnn"]
+    assert cnn.modality == "image"
+    assert cnn.test["accuracy"] > 0.9  # the colour is all there is to see
+    assert cnn.parameters > 100_000
+    assert "image: cnn" in classification_page(result)
+    assert "cnn" not in json.dumps(model.fitted.settings())
 
 
 def test_turned_pictures_have_no_empty_corners():
