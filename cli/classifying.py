@@ -100,10 +100,11 @@ def fit(
     """Fit fusions of image, text and columns on train, choose on val, report on test; beside each modality alone."""
     classify, kept = _heads()
     from retrieval.encoders import BUILTIN, lasting_spec
+    from retrieval.heads.settings import ClassifySettings
     from retrieval.report.classification import classification_page
 
     kept.refuse(out)
-    settings = classify.ClassifySettings(
+    settings = ClassifySettings(
         target=target,
         task=task.value,
         columns=_names(columns),

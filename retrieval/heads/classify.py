@@ -16,94 +16,23 @@ from retrieval.errors import DataError, MissingExtra, UsageError
 from retrieval.heads import Modalities
 from retrieval.heads.graph import FittedGraph, unit_rows
 from retrieval.heads.imbalance import check_installed, treated
-from retrieval.heads.modalities import IMAGE, TEXT, Column, Inputs, Scaling, encode_examples
+from retrieval.heads.modalities import IMAGE, TEXT, Column, Inputs, encode_examples
 from retrieval.heads.model import FusionClassifier, contributions
-from retrieval.heads.pixels import PixelCNN, Pixels, read_pixels
-from retrieval.heads.problem import TREATMENTS, Fitted, Part, Problem, Treatment, Variant
+from retrieval.heads.pixels import PixelCNN, read_pixels
+from retrieval.heads.problem import TREATMENTS, Fitted
 from retrieval.heads.results import Classification, Effect, Explanation, ModelScores
-from retrieval.heads.scores import DRAWS, HEADLINE, Outputs, detail, score
-from retrieval.heads.splits import RowNumbers, fold_rows, split_rows
-from retrieval.heads.targets import LABEL, Known, Target, labels_of
+from retrieval.heads.rounds import CNN_NAME, Note, Round, Run, Table
+from retrieval.heads.scores import HEADLINE, detail, score
+from retrieval.heads.settings import ClassifySettings
+from retrieval.heads.splits import fold_rows, split_rows
+from retrieval.heads.targets import Known, Target, labels_of
 from retrieval.heads.variants import ALONE, FUSED
 from retrieval.metrics import difference, evaluate_retrieval
 from retrieval.pair_formats import some
 from retrieval.pairs import Example, read_examples
 
-Note = Callable[[str], None]
-BALANCES = ("none", "ogm-ge")
 _STUDIED = "early-mlp"  # the network that the treatments of rare classes are compared on
-CNN_NAME = "cnn"
 _FEW = 10  # rows of a class: too few to say much of it
-
-
-@dataclass(frozen=True)
-class ClassifySettings:
-    """What to fit.
-
-    Attributes:
-        target: the column to predict.
-        task: class, labels, number, or auto.
-        columns: further modalities.
-        variants: names of :data:`retrieval.heads.variants.FUSED`; empty: all of them.
-        imbalance: the treatment of rare classes.
-        balance: of modalities: none, or ogm-ge.
-        study: compare all treatments on one network.
-        folds: of cross-validation; 0: the split given.
-        pixels: measure a small CNN on the pixels beside the models of the image's vector.
-        views: further views of each picture to learn from (flipped, rotated, cropped, coloured), embedded once.
-        explain: what each modality contributed on test.
-        draws: of the bootstrap.
-        seed: of every random number.
-        device: of what is trained by gradients.
-    """
-
-    target: str = LABEL
-    task: str = "auto"
-    columns: tuple[str, ...] = ()
-    variants: tuple[str, ...] = ()
-    imbalance: Treatment = "class-weights"
-    balance: str = "none"
-    study: bool = True
-    folds: int = 0
-    pixels: bool = True
-    views: int = 0
-    explain: bool = False
-    draws: int = DRAWS
-    seed: int = 0
-    device: str = "cpu"
-
-    def check(self) -> None:
-        """Refuse what is not known, before anything is read: DataError."""
-        for names, known, what in (
-            (self.variants, FUSED, "variant"),
-            ((self.imbalance,), TREATMENTS, "treatment of imbalance"),
-            ((self.balance,), BALANCES, "balance of modalities"),
-        ):
-            if unknown := [name for name in names if name not in known]:
-                raise DataError(f"there is no {what} {unknown[0]!r}: there are {', '.join(known)}")
-        if self.folds == 1 or self.folds < 0:
-            raise DataError("cross-validation needs at least 2 folds; 0 is the split given")
-        if reserved := [name for name in self.columns if name in (IMAGE, TEXT, self.target, *FUSED)]:
-            raise DataError(
-                f"{reserved[0]!r} cannot be a further column: it is what is predicted, or the name of something else"
-            )
-        if len(set(self.columns)) < len(self.columns):
-            raise DataError("a column is named twice")
-        if self.imbalance == "augment" and not self.views:
-            raise DataError("augmented views are made with --views: how many of each picture")
-
-
-@dataclass(frozen=True, eq=False)
-class _Table:
-    """Rows that are known, as numbers."""
-
-    examples: Sequence[Example]
-    modalities: Modalities
-    views: Sequence[Modalities]
-    pixels: Pixels | None
-
-    def rows(self, rows: RowNumbers) -> Modalities:
-        return {name: table[rows] for name, table in self.modalities.items()}
 
 
 def fit(
@@ -162,13 +91,13 @@ def fit(
     names = _modalities(known, settings.columns)
     encoder = encoder_of() if {IMAGE, TEXT} & set(names) else None
     table = _encode(known, names, columns, encoder, settings, cached, progress, tell)
-    rounds = [_Round(table, target, names, part, settings, tell) for part in parts]
+    rounds = [Round(table, target, names, part, settings, tell) for part in parts]
     runs = [one.run(settings.variants or tuple(FUSED), progress) for one in rounds]
     result, chosen = _summary(source, encoder, target, names, settings, rounds, runs, notes, tell)
     final, fitted = rounds[0], runs[0].fitted
     if settings.folds:  # the model to keep learns from all but what it is chosen by
         everything = np.concatenate([parts[0]["train"], parts[0]["test"]])
-        final = _Round(table, target, names, {**parts[0], "train": everything}, settings, tell)
+        final = Round(table, target, names, {**parts[0], "train": everything}, settings, tell)
         fitted = final.run((chosen,) if chosen in FUSED else (), None).fitted
     if settings.study and target.task == "class" and len(names) > 1 and not settings.folds:
         result = replace(result, effects=_study(rounds[0], tell))
@@ -297,7 +226,7 @@ def _encode(
     cached: bool,
     progress: Progress | None,
     tell: Note,
-) -> _Table:
+) -> Table:
     cache = EmbeddingCache(encoder.fingerprint, encoder.dim) if encoder and cached else None
     tables = encode_examples(examples, names, columns, encoder, cache=cache, progress=progress, note=tell)
     empty = np.all([np.isnan(table).any(axis=1) for table in tables.values()], axis=0)
@@ -312,106 +241,10 @@ def _encode(
             seen = encode_examples(examples, [IMAGE], (), encoder, cache=cache, progress=progress, view=view)
             views.append({**tables, IMAGE: seen[IMAGE]})
     pixels = read_pixels(examples, progress) if settings.pixels and IMAGE in names and len(names) > 1 else None
-    return _Table(examples, tables, views, pixels)
+    return Table(examples, tables, views, pixels)
 
 
-# ---- one split -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """The models of one split by (modality, variant), fused ones under ("", variant); and what they say of test."""
-
-    fitted: Mapping[str, Fitted]  # the best of each modality, and the fused ones, by name
-    val: dict[tuple[str, str], float]
-    test: dict[tuple[str, str], Outputs]
-    seconds: dict[tuple[str, str], float]
-    parameters: dict[tuple[str, str], int]
-
-
-class _Round:
-    """One split of the rows: to learn from, to choose by, to measure with."""
-
-    def __init__(
-        self,
-        table: _Table,
-        target: Target,
-        names: tuple[str, ...],
-        parts: Mapping[str, RowNumbers],
-        settings: ClassifySettings,
-        tell: Note,
-    ) -> None:
-        self.names, self.parts = names, parts
-        self.pixels = {} if table.pixels is None else {split: table.pixels[rows] for split, rows in parts.items()}
-        self.scaling = Scaling.of(table.rows(parts["train"]))
-        right = {split: target.encode([table.examples[row] for row in rows]) for split, rows in parts.items()}
-        part = {split: Part(self.scaling.apply(table.rows(rows)), right[split]) for split, rows in parts.items()}
-        if target.task == "class":
-            self._check_val(target, table, part["val"], tell)
-            known = np.flatnonzero(part["val"].right >= 0)
-            part["val"] = part["val"].take(known)
-            if self.pixels:
-                self.pixels["val"] = self.pixels["val"][known]
-        self.test: Part = part["test"]
-        views = [
-            self.scaling.apply({name: rows[parts["train"]] for name, rows in view.items()}) for view in table.views
-        ]
-        self.problem = Problem(
-            target,
-            part["train"],
-            part["val"],
-            views,
-            settings.imbalance,
-            settings.balance,
-            settings.seed,
-            settings.device,
-        )
-
-    def _check_val(self, target: Target, table: _Table, val: Part, tell: Note) -> None:
-        for split, what in (("val", "left out there"), ("test", "wrong whatever is said of them")):
-            unseen = target.unseen([table.examples[row] for row in self.parts[split]])
-            if unseen:
-                tell(f"labels of {split} that are not in train ({some(unseen)}): their rows are {what}")
-        if not (val.right >= 0).any():
-            raise DataError("no row of val has a label that train has: there is nothing to choose by")
-
-    def run(self, variants: Sequence[str], progress: Progress | None) -> _Run:
-        """Fit the models of each modality, and the fused ones."""
-        run = _Run({}, {}, {}, {}, {})
-        alone: dict[str, Fitted] = {}
-        fused = variants if len(self.names) > 1 else ()
-        total, done = len(self.names) * len(ALONE) + len(fused), 0
-
-        def fit_one(problem: Problem, key: tuple[str, str], variant: Variant) -> Fitted:
-            nonlocal done
-            began = time.process_time()
-            model = variant.fit(problem)
-            run.seconds[key] = time.process_time() - began
-            names = problem.train.inputs.names
-            run.val[key] = problem.score(model.predict(problem.val.inputs))
-            run.test[key] = model.predict(self.test.inputs.only(*names))
-            run.parameters[key] = sum(value.size for value in model.arrays().values())
-            done += 1
-            if progress:
-                progress(done, total)
-            return model
-
-        for name in self.names:
-            problem = self.problem.only(name)
-            models = {variant: fit_one(problem, (name, variant), spec) for variant, spec in ALONE.items()}
-            alone[name] = models[max(models, key=lambda variant: run.val[name, variant])]
-        if self.pixels and fused:
-            self._run_cnn(run)
-        problem = replace(self.problem, alone=alone)
-        joined = {variant: fit_one(problem, ("", variant), FUSED[variant]) for variant in fused}
-        return replace(run, fitted={**alone, **joined})
-
-    def _run_cnn(self, run: _Run) -> None:
-        key, began = (IMAGE, CNN_NAME), time.process_time()
-        model = PixelCNN().fit(self.problem, self.pixels["train"], self.pixels["val"])
-        run.seconds[key] = time.process_time() - began
-        run.val[key] = self.problem.score(model.predict(self.pixels["val"]))
-        run.test[key], run.parameters[key] = model.predict(self.pixels["test"]), model.parameters
+# ---- what was shown --------------------------------------------------------------------------------------------------
 
 
 def _summary(
@@ -420,8 +253,8 @@ def _summary(
     target: Target,
     names: tuple[str, ...],
     settings: ClassifySettings,
-    rounds: Sequence[_Round],
-    runs: Sequence[_Run],
+    rounds: Sequence[Round],
+    runs: Sequence[Run],
     notes: Sequence[str],
     tell: Note,
 ) -> tuple[Classification, str]:
@@ -468,7 +301,7 @@ def _summary(
     return result, chosen
 
 
-def _study(one: _Round, tell: Note) -> list[Effect]:
+def _study(one: Round, tell: Note) -> list[Effect]:
     """The same network under every treatment that there is material for."""
     effects = []
     for treatment in TREATMENTS:
@@ -495,7 +328,7 @@ def _study(one: _Round, tell: Note) -> list[Effect]:
     return effects
 
 
-def _sharing(one: _Round, table: _Table, graph: Fitted) -> dict[str, dict[str, float]]:
+def _sharing(one: Round, table: Table, graph: Fitted) -> dict[str, dict[str, float]]:
     """hit@k between pictures and texts of test: of the stored vectors, and of the graph's outputs for them."""
     assert isinstance(graph, FittedGraph)  # by its name
     raw = table.rows(one.parts["test"])
@@ -513,7 +346,7 @@ def _sharing(one: _Round, table: _Table, graph: Fitted) -> dict[str, dict[str, f
     return measured
 
 
-def _explained(one: _Round, fitted: Fitted, names: tuple[str, ...]) -> Explanation:
+def _explained(one: Round, fitted: Fitted, names: tuple[str, ...]) -> Explanation:
     inputs: Inputs = one.test.inputs
     if len(names) == 1:
         raise UsageError("with one modality alone there is nothing to leave out: --explain is for several")

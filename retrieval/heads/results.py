@@ -164,7 +164,7 @@ class Classification:
             return "there is one modality alone: nothing was fused"
         beaten = [name for name, scores in self.differences.items() if scores.intervals[self.headline][0] > 0]
         others = [name for name in self.differences if name not in beaten]
-        measure = self.headline.replace("_", "-")
+        measure = {"macro_f1": "macro-F1", "r2": "R²"}[self.headline]
         if not others:
             return f"{self.chosen} beats {_and(beaten)} alone on test {measure}, outside the paired 95 % interval"
         first = (

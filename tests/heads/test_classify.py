@@ -13,9 +13,10 @@ from PIL import Image
 from indexes.errors import ModelMismatch
 from retrieval.errors import DataError, MissingExtra, ModelError, UsageError
 from retrieval.heads import imbalance
-from retrieval.heads.classify import ClassifySettings, fit, predict
+from retrieval.heads.classify import fit, predict
 from retrieval.heads.modalities import Column
 from retrieval.heads.model import ARRAYS, SETTINGS, FusionClassifier
+from retrieval.heads.settings import ClassifySettings
 from retrieval.pairs import read_examples
 from retrieval.report.classification import classification_page
 from tests.fakes import COLOURS, ColourEncoder
