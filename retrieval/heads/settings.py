@@ -61,6 +61,8 @@ class ClassifySettings:
                 raise DataError(f"there is no {what} {unknown[0]!r}: there are {', '.join(known)}")
         if self.folds == 1 or self.folds < 0:
             raise DataError("cross-validation needs at least 2 folds; 0 is the split given")
+        if self.draws < 1:
+            raise DataError("the intervals need at least one draw of the bootstrap")
         if reserved := [name for name in self.columns if name in (IMAGE, TEXT, self.target, *FUSED)]:
             raise DataError(
                 f"{reserved[0]!r} cannot be a further column: it is what is predicted, or the name of something else"

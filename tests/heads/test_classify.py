@@ -258,6 +258,7 @@ def test_labels_of_val_and_test_that_train_does_not_have(tmp_path):
         ({}, {"task": "classes"}, "the task must be auto, class, labels, number, not 'classes'"),
         ({}, {"folds": 1}, "at least 2 folds"),
         ({}, {"imbalance": "augment"}, "made with --views"),
+        ({}, {"draws": 0}, "at least one draw"),
         ({"label": ["a", "b"]}, {"task": "class"}, "predict them with --task labels"),
         ({"x": lambda row: [1, 2] if row["image"] < "2" else [1]}, {"columns": ("x",)}, "different widths: 1, 2"),
         ({"x": lambda row: float("inf") if row["image"] == "3.png" else 1.5}, {"columns": ("x",)}, "expected a number"),
