@@ -31,6 +31,7 @@ _MODULES = {
     "export": "porting",
     "import": "porting",
     "train": "training",
+    "classify": "classifying",
     "models": "models",
 }
 
@@ -51,8 +52,9 @@ class _Commands(Mapping[str, Any]):
 @functools.cache
 def _command(name: str) -> Any:
     importlib.import_module(f"cli.{_MODULES[name]}")
-    if name == "models":
-        return typer.main.get_command(models_app)
+    group = {"models": models_app, "classify": classify_app}.get(name)
+    if group is not None:
+        return typer.main.get_command(group)
     single = typer.Typer(add_completion=False)
     single.registered_commands = [
         info for info in app.registered_commands if name == (info.name or getattr(info.callback, "__name__", None))
@@ -76,6 +78,12 @@ app = typer.Typer(
 )
 models_app = typer.Typer(
     name="models", help="List, import and export models.", no_args_is_help=True, add_completion=False
+)
+classify_app = typer.Typer(
+    name="classify",
+    help="Say what pictures with text and columns are: fit a fusion, use it.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 
 IndexOption = Annotated[

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from retrieval.duplicates import Duplicates
     from retrieval.evaluation import Comparison, Evaluation
+    from retrieval.heads.classify import Prediction
+    from retrieval.heads.results import Classification
     from retrieval.index_evaluation import IndexScores
     from retrieval.indexing import IndexReport
     from retrieval.library import Library, Match, Matches, Term
@@ -44,11 +46,16 @@ def quantised(cost: Mapping[str, Any]) -> None:
 
 def json_out(value: Any) -> None:
     """One JSON document on standard output. File names that are not UTF-8 come out as lone surrogates, escaped."""
+    sys.stdout.write(json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """The document of :func:`json_out`."""
 
     def plain(item: Any) -> Any:
         return item.isoformat() if isinstance(item, date) else str(item)
 
-    sys.stdout.write(json.dumps(value, indent=2, default=plain) + "\n")
+    return json.dumps(value, indent=2, default=plain) + "\n"
 
 
 def _raw_line(text: str) -> None:
@@ -376,6 +383,32 @@ def _with_interval(name: str, values: Mapping[str, float], intervals: Intervals,
 def _value(name: str, value: float, sign: str = "") -> str:
     """Ranks and sums as they are, shares in percent."""
     return f"{value:{sign}.4g}" if name.endswith("rank") or name == "rsum" else f"{100 * value:{sign}.1f}"
+
+
+def classification(result: Classification) -> None:
+    """Every model's measures with intervals, and the verdict. TSV on a pipe: name:measure, value, low, high."""
+    if sys.stdout.isatty():
+        measures = list(result.models[result.chosen].test)
+        table = _table("name", "variant", *measures, f"val {result.headline}", "seconds")
+        for name, one in result.models.items():
+            values = [_with_interval(measure, one.test, one.test.intervals) for measure in measures]
+            mark = "→ " if name == result.chosen else ""
+            table.add_row(mark + _printable(name), one.name, *values, f"{100 * one.val:.1f}", f"{one.seconds:.1f}")
+        _print_table(table)
+    else:
+        for name, one in result.models.items():
+            _measures_tsv(f"{name}:", one.test, one.test.intervals)
+    note(f"chosen on val: {result.chosen}; {result.verdict}")
+
+
+def answers(found: Sequence[Prediction]) -> None:
+    """One line a row: what it is, its probability, and picture or text (escaped as those of `matches`)."""
+    for one in found:
+        share = max(one.outputs.values(), default=0.0)
+        said = "; ".join(one.answer) if isinstance(one.answer, list) else str(one.answer)
+        what = one.image if one.image is not None else one.text
+        told = "" if isinstance(one.answer, float) else f"{share:.4f}"
+        _raw_line(f"{_one_field(said)}\t{told}\t{_one_field(what)}")
 
 
 def metrics(values: Mapping[str, float], title: str) -> None:

@@ -218,7 +218,7 @@ def _draw(ranking: Ranking, units: Rows, ks: Sequence[int], draws: int) -> dict[
         medians[way] = _Median(ranks.best, cluster, len(units))
     parts: dict[str, list[Values]] = {}
     with one_blas_thread():  # the products are small: with more, others would spin in between for longer than they take
-        for weights in _weights(len(units), draws):
+        for weights in bootstrap_weights(len(units), draws):
             for way, (names, table) in tables.items():
                 totals = weights @ table  # (b, measures and 1)
                 with np.errstate(invalid="ignore"):  # a slice may have no query of this way in a draw
@@ -233,7 +233,7 @@ def _draw(ranking: Ranking, units: Rows, ks: Sequence[int], draws: int) -> dict[
     return drawn
 
 
-def _weights(count: int, draws: int) -> Iterator[Values]:
+def bootstrap_weights(count: int, draws: int) -> Iterator[Values]:
     """How often each of ``count`` things comes up in each draw of ``count``, (b, count) at a time."""
     random = np.random.default_rng(_SEED)
     for begin in range(0, draws, _DRAWS):
@@ -325,7 +325,7 @@ def evaluate_classification(
     if (right.sum(axis=1) > 1).any():
         metrics["map"] = _mean_average_precision(scores, right)
     drawn: dict[str, list[Values]] = {}
-    for weights in _weights(len(scores), bootstrap):
+    for weights in bootstrap_weights(len(scores), bootstrap):
         for k in ks:
             drawn.setdefault(f"top{k}", []).append(weights @ (ranks <= k) / len(scores))
         right_ones, all_ones = (np.add.reduceat(w[:, row], starts, axis=1) for w in (weights * hits, weights))

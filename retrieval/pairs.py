@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from retrieval.pair_formats import (
 )
 
 __all__ = [
+    "Example",
     "Picture",
     "PictureBytes",
     "Record",
@@ -33,6 +34,7 @@ __all__ = [
     "TarMember",
     "checksum",
     "class_names",
+    "read_examples",
     "read_pairs",
     "read_sentences",
     "select_split",
@@ -63,6 +65,17 @@ class Sentence:
     labels: tuple[str, ...] = ()
     split: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)  # whatever else is known
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as it stands: what there is of picture, text and labels, and whatever else it says."""
+
+    image: Picture | None = None
+    text: str = ""  # several sentences of a row are one text
+    labels: tuple[str, ...] = ()
+    split: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_pairs(
@@ -145,14 +158,7 @@ def read_sentences(source: Path, images: Path | None = None) -> list[Sentence]:
     found = read_rows(source, pictured=False)
     if images is not None and not images.is_dir():
         raise DataError(f"{images}: there is no such folder of pictures")
-    named = Rows([row for row in found.rows if row.image], found.places, found.droppable)
-    base, drop = _picture_folder(named, None, images)
-
-    def picture(image: str | Picture) -> Picture | None:
-        if not isinstance(image, str):
-            return image
-        return base / (Path(image).name if drop else image) if image else None
-
+    picture = _finder(found, images)
     sentences = [
         Sentence(text, picture(row.image), row.labels, row.split, row.columns)
         for row in found.rows
@@ -162,6 +168,47 @@ def read_sentences(source: Path, images: Path | None = None) -> list[Sentence]:
     if not sentences:
         raise DataError(f"{source} has no sentences: none of its {len(found.rows)} rows has one")
     return sentences
+
+
+def read_examples(source: Path, images: Path | None = None) -> list[Example]:
+    """Read the rows of whatever `read_pairs` reads, one by one: two that name one picture stay two.
+
+    A row may lack its picture, its text or both (null, or an empty field), and a table needs no column of either.
+
+    Raises:
+        DataError: the source cannot be read, something in it is wrong, has no rows, or pictures that it names are
+            missing.
+    """
+    found = read_rows(source, pictured=False, bare=True)
+    if not found.rows:
+        raise DataError(f"{source} is empty: there is no row in it; {KINDS}")
+    if images is not None and not images.is_dir():
+        raise DataError(f"{images}: there is no such folder of pictures")
+    picture = _finder(found, images)
+    examples = [
+        Example(picture(row.image), " ".join(filter(str.strip, row.texts)), row.labels, row.split, row.columns)
+        for row in found.rows
+    ]
+    named = [str(example.image) for example in examples if isinstance(example.image, Path)]
+    if missing := _missing(named):
+        raise DataError(
+            f"{len(missing)} of the {len(named)} pictures that {source} names are missing: {some(missing)}; "
+            "if they lie elsewhere, name their folder with --images"
+        )
+    return examples
+
+
+def _finder(found: Rows, images: Path | None) -> Callable[[str | Picture], Picture | None]:
+    """What tells where the picture of a row is; None of a row without one."""
+    named = Rows([row for row in found.rows if row.image], found.places, found.droppable)
+    base, drop = _picture_folder(named, None, images)
+
+    def picture(image: str | Picture) -> Picture | None:
+        if not isinstance(image, str):
+            return image
+        return base / (Path(image).name if drop else image) if image else None
+
+    return picture
 
 
 def select_split(records: Sequence[Record], split: str, source: Path) -> list[Record]:

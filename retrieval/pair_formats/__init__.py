@@ -58,13 +58,14 @@ __all__ = [
 ]
 
 
-def read_rows(source: Path, captioned: bool = True, pictured: bool = True) -> Rows:
+def read_rows(source: Path, captioned: bool = True, pictured: bool = True, bare: bool = False) -> Rows:
     """Read whatever pairs pictures with sentences or labels.
 
     Args:
         source: the file or folder.
         captioned: False: of a folder, every picture in it; of a file, names of pictures too, one a line.
         pictured: False: sentences without pictures are read too (a table, JSON or one a line); their image is "".
+        bare: rows of tables and JSON that have neither are read too, if they have anything at all.
 
     Raises:
         DataError: it cannot be read, is of a kind that is not read, or something in it is wrong.
@@ -77,7 +78,7 @@ def read_rows(source: Path, captioned: bool = True, pictured: bool = True) -> Ro
             return read_tar_pattern(source)
         with source.open("rb") as stream:  # once: a pipe cannot be read again
             head = stream.read(HEAD)
-            for fits, read in _BINARY if pictured else _BINARY_SENTENCES:
+            for fits, read in _BINARY_BARE if bare else _BINARY if pictured else _BINARY_SENTENCES:
                 if fits(source, head):
                     return read(source)
             _check_text(source, head)
@@ -89,7 +90,7 @@ def read_rows(source: Path, captioned: bool = True, pictured: bool = True) -> Ro
         raise DataError(f"{source} holds NUL bytes: it is damaged, or no text; {KINDS}")
     if not text.strip():
         raise DataError(f"{source} is empty; {KINDS}")
-    kinds = _TEXTS if pictured else _SENTENCES
+    kinds = _TEXTS_BARE if bare else _TEXTS if pictured else _SENTENCES
     if is_paths(source, text) and not (captioned and pictured):
         return read_paths(source, text)
     reader = next((read for fits, read in kinds if fits(source, text)), None)
@@ -143,4 +144,15 @@ _SENTENCES: tuple[tuple[Callable[[Path, str], bool], Callable[[Path, str], Rows]
     (is_results, read_results),
     (is_lines, read_lines),
     (is_csv, partial(read_csv, pictured=False)),
+)
+# The same where a row may lack both.
+_BINARY_BARE: tuple[tuple[Callable[[Path, bytes], bool], Callable[[Path], Rows]], ...] = (
+    (is_parquet, partial(read_parquet, pictured=False, bare=True)),
+    (is_tar, read_tar),
+)
+_TEXTS_BARE: tuple[tuple[Callable[[Path, str], bool], Callable[[Path, str], Rows]], ...] = (
+    (is_json, partial(read_json, pictured=False, bare=True)),
+    (is_tokens, read_tokens),
+    (is_results, read_results),
+    (is_csv, partial(read_csv, pictured=False, bare=True)),
 )

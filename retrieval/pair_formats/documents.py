@@ -16,28 +16,30 @@ def is_json(file: Path, text: str) -> bool:
     return text.lstrip()[0] in "{[" or file.suffix.lower() in (".json", ".jsonl", ".ndjson")
 
 
-def read_json(file: Path, text: str, pictured: bool = True) -> Rows:
+def read_json(file: Path, text: str, pictured: bool = True, bare: bool = False) -> Rows:
     """A document, or one object a line: JSONL is what goes on behind its first value.
 
-    Not ``pictured``: an object may name no picture if it has a sentence; its image is then "".
+    Not ``pictured``: an object may name no picture if it has a sentence; its image is then "". ``bare``: it may have
+    neither, or nothing but null or "" in their places.
     """
     try:
         document, end = json.JSONDecoder().raw_decode(text, len(text) - len(text.lstrip()))
     except (ValueError, RecursionError) as error:
         if file.suffix.lower() == ".json":
             raise DataError(f"{file} is not JSON, or only its beginning: {error}") from error
-        return _json_lines(file, text, pictured)
+        return _json_lines(file, text, pictured, bare)
     if not re.compile(r"\s*\Z").match(text, end):
-        return _json_lines(file, text, pictured)
+        return _json_lines(file, text, pictured, bare)
     if isinstance(document, list):
         objects = enumerate(document, 1)
-        return Rows([_object_row(fields, file, "entry", number, pictured) for number, fields in objects], places(file))
+        rows = [_object_row(fields, file, "entry", number, pictured, bare) for number, fields in objects]
+        return Rows(rows, places(file))
     if isinstance(document, dict) and "images" in document:
         return (_coco if "annotations" in document else _karpathy)(file, document)
-    return Rows([_object_row(document, file, "line", 1, pictured)], places(file))
+    return Rows([_object_row(document, file, "line", 1, pictured, bare)], places(file))
 
 
-def _json_lines(file: Path, text: str, pictured: bool) -> Rows:
+def _json_lines(file: Path, text: str, pictured: bool, bare: bool) -> Rows:
     rows = []
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a JSON string
         if line.strip():
@@ -45,11 +47,11 @@ def _json_lines(file: Path, text: str, pictured: bool) -> Rows:
                 fields = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{file}, line {number} is not JSON: {error}") from error
-            rows.append(_object_row(fields, file, "line", number, pictured))
+            rows.append(_object_row(fields, file, "line", number, pictured, bare))
     return Rows(rows, places(file))
 
 
-def _object_row(fields: object, file: Path, unit: str, number: int, pictured: bool) -> Row:
+def _object_row(fields: object, file: Path, unit: str, number: int, pictured: bool, bare: bool) -> Row:
     if isinstance(fields, dict):
         rest = dict(fields)
         image = rest.pop(next((name for name in IMAGE_NAMES if name in rest), ""), None)
@@ -57,6 +59,8 @@ def _object_row(fields: object, file: Path, unit: str, number: int, pictured: bo
             return Row(image, take(rest, TEXT_KEYS), take(rest, LABEL_KEYS), take_split(rest), rest)
         if not pictured and image is None and (texts := take(rest, TEXT_KEYS)):
             return Row("", texts, take(rest, LABEL_KEYS), take_split(rest), rest)
+        if bare and image in (None, ""):
+            return Row("", take(rest, TEXT_KEYS), take(rest, LABEL_KEYS), take_split(rest), rest)
     raise DataError(f'{file}, {unit} {number}: expected an object with "image", as {{"image": "a.jpg", …}}')
 
 

@@ -108,10 +108,11 @@ def _understood(line: str, mark: str, pictured: bool = True) -> int:
     return sum(name is not None for name in astuple(roles)) if useful else 0
 
 
-def read_csv(file: Path, text: str, pictured: bool = True) -> Rows:
+def read_csv(file: Path, text: str, pictured: bool = True, bare: bool = False) -> Rows:
     """A table in text with RFC 4180's quotes: open_clip's, Kaggle's, a spreadsheet's.
 
-    Not ``pictured``: a column of sentences will do, and images are then "".
+    Not ``pictured``: a column of sentences will do, and images are then "". ``bare``: any columns will, and an empty
+    field in that of pictures is no picture.
     """
     mark = _separator(text)
     padded = f"{mark} " in first_line(text)  # "image, caption"
@@ -119,8 +120,8 @@ def read_csv(file: Path, text: str, pictured: bool = True) -> Rows:
     try:
         header = [name.strip() for name in next(line for line in lines if line)]
         roles = _Roles.of(header)
-        _check_header(file, header, roles, pictured)
-        cells = list(_csv_lines(file, lines, header, roles))
+        _check_header(file, header, roles, pictured, bare)
+        cells = list(_csv_lines(file, lines, header, roles, bare))
     except csv.Error as error:
         fault = f"{error}; is a double quote left open? Inside a quoted field it is written twice"
         raise DataError(f"{file}, line {lines.line_num} is not CSV: {fault}") from error
@@ -136,7 +137,7 @@ def read_csv(file: Path, text: str, pictured: bool = True) -> Rows:
     return Rows(rows, places(file))
 
 
-def _csv_lines(file: Path, lines: Any, header: list[str], roles: _Roles) -> Iterator[list[str]]:
+def _csv_lines(file: Path, lines: Any, header: list[str], roles: _Roles, bare: bool) -> Iterator[list[str]]:
     at = header.index(roles.image) if roles.image else None
     for line in lines:
         if not line:
@@ -144,19 +145,19 @@ def _csv_lines(file: Path, lines: Any, header: list[str], roles: _Roles) -> Iter
         if len(line) != len(header):
             fault = f"{len(line)} fields instead of {len(header)}: put what holds a separator into double quotes"
             raise DataError(f"{file}, line {lines.line_num}: {fault}")
-        if at is not None and not line[at]:
+        if at is not None and not line[at] and not bare:
             raise DataError(f"{file}, line {lines.line_num}: no picture under {roles.image!r}")
         yield line
 
 
-def _check_header(file: Path, header: list[str], roles: _Roles, pictured: bool) -> None:
+def _check_header(file: Path, header: list[str], roles: _Roles, pictured: bool, bare: bool) -> None:
     found = f"{', '.join(map(one_line, header)):.300}"
     if roles.image is None and "url" in header:
         raise DataError(
             f"{file} lists addresses of pictures, not files: its columns are {found}; "
             "read the .tar files that img2dataset wrote beside it, or their folder"
         )
-    if roles.image is None and (pictured or roles.texts is None):
+    if roles.image is None and (pictured or roles.texts is None) and not bare:
         raise DataError(
             f"{file} has no column that names pictures: its columns are {found}; understood are "
             f"{', '.join(IMAGE_NAMES)} (pictures), {', '.join(TEXT_NAMES)} (captions), "
@@ -179,10 +180,11 @@ def is_parquet(_: Path, head: bytes) -> bool:
     return head.startswith(b"PAR1")
 
 
-def read_parquet(file: Path, pictured: bool = True) -> Rows:
+def read_parquet(file: Path, pictured: bool = True, bare: bool = False) -> Rows:
     """A Parquet file: pictures by name, as bytes, or both (the struct of Hugging Face's datasets).
 
-    Not ``pictured``: a column of sentences will do, and images are then "".
+    Not ``pictured``: a column of sentences will do, and images are then "". ``bare``: any columns will, and
+    null in that of pictures is no picture.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -200,7 +202,7 @@ def read_parquet(file: Path, pictured: bool = True) -> Rows:
         roles = replace(
             roles, image=_Roles.of(holding).image or roles.image
         )  # what holds pictures before what names them
-        _check_header(file, header, roles, pictured)
+        _check_header(file, header, roles, pictured, bare)
         columns: dict[str, list[Any]] = {name: table[name].to_pylist() for name in header}
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{file} is damaged, or no Parquet file: {' '.join(str(error).split())}") from error
@@ -211,7 +213,7 @@ def read_parquet(file: Path, pictured: bool = True) -> Rows:
     others = {name: values for name, values in columns.items() if name != roles.image}
     names = others.get(_Roles.of(others).image or "", [None] * table.num_rows)
     images = [
-        _picture(file, number, value, name)
+        "" if bare and value in (None, "") else _picture(file, number, value, name)
         for number, (value, name) in enumerate(zip(columns[roles.image], names, strict=True), 1)
     ]
     return Rows(_table_rows(roles, images, others), places(file))

@@ -40,6 +40,10 @@ class LossScale:
         """``loss.backward()``, with the gradients scaled up."""
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Scale the gradients down again before the step: to be called once, by who wants to see or clip them."""
+        self._scaler.unscale_(optimizer)
+
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the optimiser's step, unless the gradients are no numbers.
 

@@ -8,7 +8,6 @@ where the frozen run ended.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import platform
 import tempfile
@@ -41,13 +40,14 @@ from retrieval.training.config import TrainConfig
 from retrieval.training.data import Batch, Data, HeldOut, Pairs, Sampler, Towers, image_features
 from retrieval.training.export import write_graphs
 from retrieval.training.features import FrozenTowers, OneFrozen
+from retrieval.training.fit import FitConfig, adamw, check_finite, fit
 from retrieval.training.lexicon import Nouns
 from retrieval.training.lora import add_lora, merge_lora
 from retrieval.training.losses import OBJECTIVES, info_nce, matryoshka, mutual_information_bound, relation_distillation
 from retrieval.training.mining import HardNegatives, mine
 from retrieval.training.models import StartModel, frozen_encoder, start_model
 from retrieval.training.open_clip_models import SCRATCH, OpenClipEncoder
-from retrieval.training.parameters import clamp_scale, train_mode, trainable_groups
+from retrieval.training.parameters import clamp_scale, trainable_groups
 from retrieval.training.pictures import TrainedTowers
 from retrieval.training.run import PAGE, Checkpoint, RunFolder, load_optimizer, optimizer_tensors
 from retrieval.training.towers import DualEncoder, EfficientNetLite, read_lite2_weights
@@ -285,10 +285,9 @@ class _Run:
             text_learning_rate=config.text_tower_learning_rate,
         )
         self.auxiliary = Auxiliary(config, model, towers, data)
-        # Fused: one pass over the weights instead of ten, which is a tenth of a small model's step on a CPU.
-        self.optimizer = torch.optim.AdamW([dict(group) for group in [*groups, *self.auxiliary.groups()]], fused=True)
+        self.optimizer = adamw([*groups, *self.auxiliary.groups()])
         self.loss_scale = LossScale(config.amp, config.device)
-        self.average = WeightAverage(self.weights, config.ema) if config.ema else None
+        self.average = WeightAverage(self.model, config.ema) if config.ema else None
 
     def _class_rows(self) -> Tensor:
         """(C, F) the ImageNet classifier's rows, scaled to the features' spread: a virtual picture of each class."""
@@ -309,26 +308,25 @@ class _Run:
 
     def steps(self) -> Iterator[tuple[int, float]]:
         """Train; yield (steps done, loss) after each."""
-        for step, batch in enumerate(self.sampler.batches(self.step), self.step + 1):
-            self.model.train()
-            train_mode(self.weights)  # what is frozen stays as it is in use
-            warm = min(1.0, step / max(1, min(self.config.warmup, self.total // 10)))
-            done = step / max(self.total, 2)  # 0 at the end, and yet a run of a single step learns something
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["peak"] * warm * (1 + math.cos(math.pi * done)) / 2
-            loss = self._loss(batch)
-            self.check_finite(loss, step=step)
-            self.optimizer.zero_grad()
-            self.loss_scale.backward(loss)
-            distributed.average_gradients(self.optimizer)
-            self.loss_scale.step(self.optimizer)
-            distributed.average_statistics(self.weights)
-            clamp_scale(self.weights)
-            if self.average:
-                self.average.update(self.weights)
+        config = FitConfig(
+            self.model,
+            self.optimizer,
+            self.total,
+            warmup=self.config.warmup,
+            begun=self.step,
+            loss_scale=self.loss_scale,
+            average=self.average,
+            hint=self._hint(),
+            before_step=lambda: distributed.average_gradients(self.optimizer),
+            after_step=self._settle,
+        )
+        for step, loss in fit(self._loss, self.sampler.batches(self.step), config):
             self.step = step
-            yield step, float(loss.detach())
-        self.model.eval()
+            yield step, loss
+
+    def _settle(self) -> None:
+        distributed.average_statistics(self.weights)
+        clamp_scale(self.weights)
 
     def _loss(self, batch: Batch) -> Tensor:
         features = self.towers.image_features(batch.pictures)
@@ -357,7 +355,7 @@ class _Run:
     def validate(self) -> dict[str, float]:
         """What the model, or the average of its weights, scores on the validation pairs and on the guard."""
         self.model.eval()
-        with self.average.applied(self.weights) if self.average else nullcontext():
+        with self.average.applied(self.model) if self.average else nullcontext():
             return {**self._validation(), **self._guard()}
 
     def _validation(self) -> dict[str, float]:
@@ -407,9 +405,10 @@ class _Run:
 
     def check_finite(self, *values: Tensor, step: int | None = None) -> None:
         """Refuse what comes of a run that diverges: DataError."""
-        if not all(bool(torch.isfinite(value).all()) for value in values):
-            hint = ", or --amp bf16" if self.config.amp == "fp16" else ""  # an activation of 65,520 is too much for it
-            raise DataError(f"the loss is no number any more at step {step or self.step}: try a lower --lr{hint}")
+        check_finite(*values, step=step or self.step, hint=self._hint())
+
+    def _hint(self) -> str:
+        return ", or --amp bf16" if self.config.amp == "fp16" else ""  # an activation of 65,520 is too much for it
 
     def state(self) -> dict[str, Tensor]:
         """All that a checkpoint has to hold, beside the step and numpy's random numbers."""
@@ -455,7 +454,7 @@ class _Run:
         the guard; None where nothing was to be mixed.
         """
         if self.average:
-            with self.average.applied(self.weights):
+            with self.average.applied(self.model):
                 averaged = _copy(self.weights)
             self.weights.load_state_dict(averaged)
             self.average = None

@@ -230,7 +230,7 @@ def literal_draws(ranking, ks, draws):
     """Each draw with its queries written out as often as their image was drawn: {measure: values}."""
     units = sorted({*ranking.t2i.images.tolist(), *ranking.i2t.images.tolist()})
     result = {}
-    for weights in np.concatenate(list(metrics._weights(len(units), draws))).astype(int):
+    for weights in np.concatenate(list(metrics.bootstrap_weights(len(units), draws))).astype(int):
         times = dict(zip(units, weights.tolist(), strict=True))
         queries = [
             [
@@ -460,7 +460,7 @@ def test_classification_equals_the_oracle(case):
     assert scores.per_class == pytest.approx(per_class, nan_ok=True, abs=1e-12)
     assert np.array_equal(scores.confusion, confusion)
     assert scores.units.tolist() == list(range(len(table)))
-    for number, weights in enumerate(np.concatenate(list(metrics._weights(len(table), 5))).astype(int)):
+    for number, weights in enumerate(np.concatenate(list(metrics.bootstrap_weights(len(table), 5))).astype(int)):
         literal = slow_classification(table, right, (1, 2, 50), weights)[0]
         close(
             {name: values[number] for name, values in scores.drawn.items()},

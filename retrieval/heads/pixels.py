@@ -1,0 +1,142 @@
+"""A small CNN on the pixels, from scratch: what can be had of the pictures without any pretrained model.
+
+It is only measured beside the others, and never kept: it needs the pictures themselves, not stored vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from retrieval.embedding import Progress, try_all
+from retrieval.errors import ImageError
+from retrieval.heads.networks import loss_function, right_tensor, shuffled
+from retrieval.heads.problem import Problem, link
+from retrieval.heads.scores import Outputs
+from retrieval.heads.targets import Target
+from retrieval.images import read_photo
+from retrieval.pairs import Example, Picture
+from retrieval.training.averaging import WeightAverage
+from retrieval.training.classic import CNN
+from retrieval.training.fit import FitConfig, adamw, fit_best, plain_groups
+
+_SIDE = 48  # pixels
+_EPOCHS, _BATCH, _FEWEST, _PATIENCE = 12, 64, 200, 4
+_RATE, _DECAY, _EMA, _DROPOUT = 1e-3, 0.05, 0.98, 0.3
+_GREY = 127  # where a row has no picture
+_PART = 512  # pictures predicted at a time
+
+Pixels = NDArray[np.uint8]  # (N, 48, 48, 3)
+
+
+def read_pixels(examples: Sequence[Example], progress: Progress | None = None) -> Pixels:
+    """The pictures squashed to squares; grey where a row has none, or one that cannot be read."""
+    out = np.full((len(examples), _SIDE, _SIDE, 3), _GREY, np.uint8)
+    shown = [(row, example.image) for row, example in enumerate(examples) if example.image is not None]
+
+    def prepare(_: Picture, data: bytes) -> Pixels:
+        return np.asarray(read_photo(data).image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), np.uint8)
+
+    for done, ((row, _), (_, pixels)) in enumerate(
+        zip(shown, try_all(prepare, [picture for _, picture in shown]), strict=True), 1
+    ):
+        if not isinstance(pixels, ImageError):
+            out[row] = pixels
+        if progress and done % _BATCH == 0:
+            progress(done, len(shown))
+    return out
+
+
+@dataclass(frozen=True)
+class PixelCNN:
+    """The CNN as a baseline."""
+
+    stage: str = "alone"
+    about: str = "A small CNN on 48 × 48 pixels, from scratch."
+
+    def fit(self, problem: Problem, train: Pixels, val: Pixels) -> FittedCNN:
+        """Train one; pictures are mirrored at random. Kept is what validates best on the way."""
+        target, device = problem.target, problem.device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(problem.seed)
+            network = _Net(target.outputs).to(device)
+            rights = right_tensor(target, problem.train.right, device)
+            val_right = right_tensor(target, problem.val.right, device)
+            loss_of = loss_function(problem, problem.train)
+            pixels = torch.from_numpy(train)
+            random = np.random.default_rng(problem.seed)
+
+            def step(rows: Tensor) -> Tensor:
+                shown = pixels[rows]
+                mirrored = torch.from_numpy(random.random(len(rows)) < 0.5)
+                shown = torch.where(mirrored[:, None, None, None], shown.flip(2), shown)
+                loss: Tensor = loss_of(network(_normalised(shown, device)), rights[rows])
+                return loss
+
+            steps = max(1, len(train) // _BATCH)
+            total = max(_EPOCHS * steps, _FEWEST)
+            config = FitConfig(
+                network,
+                adamw(plain_groups(network, _RATE, _DECAY)),
+                total,
+                warmup=steps,
+                clip=1.0,
+                average=WeightAverage(network, _EMA),
+            )
+            fit_best(
+                step,
+                shuffled(len(train), _BATCH, total, problem.seed),
+                config,
+                lambda: -float(loss_of(_logits(network, val, device), val_right)),
+                every=max(steps, total // _EPOCHS),
+                patience=_PATIENCE,
+            )
+        return FittedCNN(target, network, device)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedCNN:
+    """A trained CNN."""
+
+    target: Target
+    network: nn.Module
+    device: str
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that were learnt."""
+        return sum(weight.numel() for weight in self.network.parameters())
+
+    def predict(self, pixels: Pixels) -> Outputs:
+        """(N, 48, 48, 3) -> (N, C), see :class:`retrieval.heads.problem.Fitted`."""
+        with torch.inference_mode():
+            return link(self.target, _logits(self.network, pixels, self.device).double().cpu().numpy())
+
+
+class _Net(nn.Module):
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.trunk = CNN()
+        self.out = nn.Linear(CNN.features, outputs)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits: Tensor = self.out(F.dropout(self.trunk(pixels), _DROPOUT, self.training))
+        return logits
+
+
+def _logits(network: nn.Module, pixels: Pixels, device: str) -> Tensor:
+    network.eval()
+    parts = [pixels[i : i + _PART] for i in range(0, len(pixels), _PART)]
+    return torch.cat([network(_normalised(torch.from_numpy(part), device)) for part in parts])
+
+
+def _normalised(pixels: Tensor, device: str) -> Tensor:
+    """(B, H, W, 3) bytes -> (B, 3, H, W) of about mean 0 and deviation 1."""
+    return (pixels.to(device).permute(0, 3, 1, 2).float() / 255 - 0.45) / 0.25
