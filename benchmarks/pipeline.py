@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -89,7 +88,7 @@ def measure(files: list[Path], encoder: Encoder) -> dict[str, float]:
         return [read_photo(content, preprocessing=fit).image for content in contents]
 
     def with_pillow() -> list[Image.Image]:
-        with mock.patch.object(preprocessing, "_this_thread", SimpleNamespace(resizer=None)):
+        with mock.patch.object(preprocessing, "_resizer", return_value=None):
             return quick()
 
     def run() -> None:

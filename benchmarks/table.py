@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from indexes.runtime import processor_flags
+
 README = Path(__file__).parent / "README.md"
 HEAD = """# Benchmarks
 
@@ -34,6 +36,6 @@ def machine() -> str:
         return platform.processor()
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
-    flags = [flag for flag in wanted if flag in fields.get("flags", "").split()]
+    flags = [flag for flag in wanted if flag in processor_flags()]
     cores = f"{os.cpu_count()} cores ({' '.join(flags)})"
     return f"{fields.get('model name', '?')}, {cores}, Python {platform.python_version()}"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cli import render
 from indexes.errors import StoreNotFound
@@ -15,16 +20,63 @@ if TYPE_CHECKING:
 
 USER_ERROR, WITH_FAILURES, INTERRUPTED = 1, 3, 130  # 0 is success, 2 is typer's for wrong usage
 
+# In the order in which `diptych --help` lists them, each with the module of this package that declares it.
+_MODULES = {
+    "index": "indexing",
+    "search": "indexing",
+    "info": "indexing",
+    "dedupe": "keeping",
+    "encode": "measuring",
+    "evaluate": "measuring",
+    "export": "porting",
+    "import": "porting",
+    "train": "training",
+    "models": "models",
+}
+
+
+class _Commands(Mapping[str, Any]):
+    """The commands by name; only what is asked for is imported and built."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_MODULES)
+
+    def __len__(self) -> int:
+        return len(_MODULES)
+
+    def __getitem__(self, name: str) -> Any:
+        return _command(name)
+
+
+@functools.cache
+def _command(name: str) -> Any:
+    importlib.import_module(f"cli.{_MODULES[name]}")
+    if name == "models":
+        return typer.main.get_command(models_app)
+    single = typer.Typer(add_completion=False)
+    single.registered_commands = [
+        info for info in app.registered_commands if name == (info.name or getattr(info.callback, "__name__", None))
+    ]
+    return typer.main.get_command(single)
+
+
+class _Group(TyperGroup):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**settings, "commands": _Commands()})
+
+
 app = typer.Typer(
     name="diptych",
+    cls=_Group,
     help="Make a folder of photos searchable by sentence, measure the retriever, train a better one.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-models_app = typer.Typer(help="List, import and export models.", no_args_is_help=True)
-app.add_typer(models_app, name="models")
+models_app = typer.Typer(
+    name="models", help="List, import and export models.", no_args_is_help=True, add_completion=False
+)
 
 IndexOption = Annotated[
     Path | None,
@@ -37,13 +89,27 @@ ModelOption = Annotated[
         help="builtin, an imported name, a bundle's folder, or open_clip's NAME/PRETRAINED, hf-hub:…, local-dir:….",
     ),
 ]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …; bundles run on the CPU.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, several as cuda:0,cuda:1; bundles run on the CPU.")]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads of the model; default: all this process may use.")
 ]
 PreprocessOption = Annotated[
     str | None,
     typer.Option(help="Only for a bare checkpoint: the open_clip tag it was trained like, or a JSON file."),
+]
+
+
+class RunPrecision(str, Enum):
+    """Of the arithmetic."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+PrecisionOption = Annotated[
+    RunPrecision,
+    typer.Option("--precision", help="What the model multiplies in: auto is the fastest here; int8 bundles stay int8."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 LOCK_SECONDS = 2.0  # that a command waits for another one's writing
@@ -71,12 +137,17 @@ def open_library(folder: Path, index: Path | None, model: str | None, **loading:
 
     Raises what Library.open does.
     """
-    from retrieval.encoders import load_encoder
     from retrieval.library import Library
-    from retrieval.sources import check_given
 
-    check_given(folder)
-    encoder = load_encoder(model, **loading) if model else None
+    if not folder.is_dir():
+        from retrieval.sources import check_given
+
+        check_given(folder)
+    encoder = None
+    if model:
+        from retrieval.encoders import load_encoder
+
+        encoder = load_encoder(model, **loading)
     return Library.open(folder, index=index, encoder=encoder, **loading)
 
 

@@ -19,7 +19,9 @@ from cli.app import (
     IndexOption,
     JsonOption,
     ModelOption,
+    PrecisionOption,
     PreprocessOption,
+    RunPrecision,
     ThreadsOption,
     app,
     open_library,
@@ -29,6 +31,7 @@ from cli.app import (
 from indexes.errors import DiptychError, StoreError
 
 if TYPE_CHECKING:
+    from indexes.filters import Condition
     from indexes.store import Wanted
     from retrieval.library import Library, Term
 
@@ -52,6 +55,7 @@ def index(
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     preprocess: PreprocessOption = None,
+    precision: PrecisionOption = RunPrecision.auto,
     max_megapixels: Annotated[
         float | None, typer.Option(min=0.01, help="Larger pictures count as failures.", show_default="128")
     ] = None,
@@ -82,7 +86,7 @@ def index(
     from retrieval.images import MAX_PIXELS
 
     max_pixels = MAX_PIXELS if max_megapixels is None else int(max_megapixels * 1e6)
-    loading = {"device": device, "threads": threads, "preprocess": preprocess}
+    loading = {"device": device, "threads": threads, "preprocess": preprocess, "precision": precision.value}
     if repair:
         _repair(folder, index)
     library, created = open_or_create(folder, index, model, texts, images, **loading)
@@ -207,17 +211,18 @@ def search(
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     preprocess: PreprocessOption = None,
+    precision: PrecisionOption = RunPrecision.auto,
 ) -> None:
     """Find photos by sentence, by example, or both. Scores are cosines."""
-    from indexes.filters import criteria, read_ids
-
     if math.isnan(threshold):
         raise typer.BadParameter("it must be a number", param_hint="--threshold")
     terms = _terms(query or [], like or [], avoid or [])
-    library = open_library(folder, index, model, device=device, threads=threads, preprocess=preprocess)
+    library = open_library(
+        folder, index, model, device=device, threads=threads, preprocess=preprocess, precision=precision.value
+    )
     below = "" if all_ else library.below(folder)
-    condition = criteria(
-        library.store.schema,
+    condition = _condition(
+        library,
         folder=below,
         path=path or [],
         taken_in=taken,
@@ -227,7 +232,7 @@ def search(
         orientations=orientation or [],
         types=type_ or [],
         containing=words,
-        among=read_ids(ids, ids.name) if ids else None,
+        among=ids,
         where=where,
     )
     if not no_indexing:
@@ -286,6 +291,16 @@ def _terms(query: list[str], like: list[Path], avoid: list[str]) -> list[Term]:
     if not terms:
         raise UsageError('the query is empty: say what the picture shows, as in  diptych search "a dog in the snow"')
     return terms + [Term.parse(text, sign=-1.0) for text in avoid]
+
+
+def _condition(library: Library, folder: str, among: typer.FileBinaryRead | None, **asked: Any) -> Condition | None:
+    """What the options ask for; indexes.filters, and Arrow's functions with it, are loaded where that is something."""
+    if among is None and all(value in (None, []) for value in asked.values()):
+        return None
+    from indexes.filters import criteria, read_ids
+
+    chosen = None if among is None else read_ids(among, among.name)
+    return criteria(library.store.schema, folder=folder, among=chosen, **asked)
 
 
 def _catch_up(library: Library) -> None:

@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 
 from cli import render
-from cli.app import DeviceOption, JsonOption, ModelOption, PreprocessOption, ThreadsOption, app, show_page
+from cli.app import (
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    PrecisionOption,
+    PreprocessOption,
+    RunPrecision,
+    ThreadsOption,
+    app,
+    show_page,
+)
 
 
 class Task(str, Enum):
@@ -44,6 +54,7 @@ def encode(
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     preprocess: PreprocessOption = None,
+    precision: PrecisionOption = RunPrecision.auto,
 ) -> None:
     """Write the unit vectors of pictures or sentences to a .npy file: float32, one row each, in order."""
     import numpy as np
@@ -54,7 +65,9 @@ def encode(
     sentences = [*(text or []), *_lines(texts)]
     if bool(images) == bool(sentences):
         raise typer.BadParameter("give pictures or sentences: one kind at a time, at least one")
-    encoder = load_encoder(model or BUILTIN, device=device, threads=threads, preprocess=preprocess)
+    encoder = load_encoder(
+        model or BUILTIN, device=device, threads=threads, preprocess=preprocess, precision=precision.value
+    )
     if images:
         with render.progress("encoding", "images") as advance:
             vectors = encode_pictures(encoder, images, progress=advance)
@@ -131,6 +144,7 @@ def evaluate(
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     preprocess: PreprocessOption = None,
+    precision: PrecisionOption = RunPrecision.auto,
 ) -> None:
     """Measure a model on pictures with known captions or labels, with intervals, and against another model."""
     from retrieval import evaluation
@@ -163,7 +177,9 @@ def evaluate(
         indexes=index or (),
         cached=not no_cache,
     )
-    encoder = load_encoder(model or BUILTIN, device=device, threads=threads, preprocess=preprocess)
+    encoder = load_encoder(
+        model or BUILTIN, device=device, threads=threads, preprocess=preprocess, precision=precision.value
+    )
     other = load_encoder(compare, device=device, threads=threads) if compare else None
     measure = evaluation.classify if task is Task.classification else evaluation.evaluate
     with render.progress("encoding", "images") as advance:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,13 +9,6 @@ import typer
 
 from cli import render
 from cli.app import JsonOption, PreprocessOption, models_app
-
-
-class Precision(str, Enum):
-    """Of stored weights."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
 
 
 @models_app.command("list")
@@ -65,11 +57,28 @@ def models_import(
 def models_export(
     model: Annotated[str, typer.Argument(help="Any model: builtin, NAME/PRETRAINED of open_clip, local-dir:/path, …")],
     output: Annotated[Path, typer.Argument(help="The folder to make.")],
-    precision: Annotated[Precision, typer.Option(help="Of the stored weights.")] = Precision.fp32,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the weights: fp32, fp16, int8, or image/text: int8/fp16. Default: as stored; open_clip's: fp32."
+        ),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="Captioned photos, for int8: 64 to calibrate, up to 1,000 others to measure the cost."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Only this split of them.")] = None,
     preprocess: PreprocessOption = None,
 ) -> None:
     """Write a model as a bundle: ONNX, tokenizer and preprocessing in one folder that needs no torch."""
     from retrieval.encoders import export_bundle
 
-    bundle = export_bundle(model, output, precision.value, preprocess)
+    records = []
+    if calibrate is not None:
+        from retrieval.pairs import read_pairs
+
+        records = read_pairs(calibrate, split)
+    bundle = export_bundle(model, output, precision, preprocess, records)
+    if records and "int8" in bundle.training:
+        render.quantised(bundle.training["int8"])
     render.note(f"wrote {bundle.path}: use it with  --model {bundle.path}")

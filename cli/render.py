@@ -7,13 +7,14 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
     from rich.table import Table
 
     from retrieval.duplicates import Duplicates
@@ -28,6 +29,17 @@ _SHOWN_FAILURES = 20
 def note(text: str) -> None:
     """One remark on standard error, in one line: what in a name is no text comes out escaped."""
     sys.stderr.write(_printable(text) + "\n")
+
+
+def quantised(cost: Mapping[str, Any]) -> None:
+    """What int8 costs, of a bundle's ``training["int8"]``: one line."""
+    cosines = ", ".join(f"{value['mean']:.4f} ({tower}s)" for tower, value in cost["cosine"].items())
+    changes = ", ".join(
+        f"{name.replace('_', ' ')} {100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        for name, value in cost["change"].items()
+        for low, high in [cost["intervals"][name]]
+    )
+    note(f"int8 on {cost['measured_on']} pictures: mean cosine {cosines}; in points: {changes}")
 
 
 def json_out(value: Any) -> None:
@@ -55,6 +67,21 @@ def progress(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     if not sys.stderr.isatty():
         yield _silent
         return
+    with ExitStack() as shown:
+        bar: Progress | None = None
+
+        def advance(done: int, total: int) -> None:
+            nonlocal bar
+            if bar is None:
+                bar = shown.enter_context(_bar(what))
+            task = bar.tasks[0]
+            rate = f"{task.speed:.1f} {unit}/s" if task.speed else ""
+            bar.update(task.id, completed=done, total=total, rate=rate)
+
+        yield advance
+
+
+def _bar(what: str) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -65,14 +92,9 @@ def progress(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None, visible=False, rate="")
-
-        def advance(done: int, total: int) -> None:
-            speed = bar.tasks[0].speed
-            bar.update(task, completed=done, total=total, visible=True, rate=f"{speed:.1f} {unit}/s" if speed else "")
-
-        yield advance
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar.add_task(what, total=None, rate="")
+    return bar
 
 
 def _print_table(table: Table, title: str = "") -> None:

@@ -1,9 +1,11 @@
 """The FAISS index of a store: chosen by its size, tuned on queries until it finds what exact search finds.
 
 Which kinds are tried, and in which order, comes from measurements on CLIP-like vectors of 512 dimensions
-(benchmarks/indexes.py): RaBitQ (Gao & Long 2024, https://arxiv.org/abs/2405.12497) scanned by fast-scan kernels needs a
-fourteenth of a float16's bytes and no training, and the candidates it finds are scored anew with the stored vectors;
-behind inverted lists it is faster still, from a few hundred thousand rows on.
+(benchmarks/indexes.py). Half of the principal axes hold 97 % of their variance; four bits for every two numbers along
+those, scanned by fast-scan kernels (Andre et al. 2017, https://arxiv.org/abs/1704.07355), need a sixteenth of a
+float16's bytes, and the candidates found are scored anew with the stored vectors. RaBitQ (Gao & Long 2024,
+https://arxiv.org/abs/2405.12497) needs no such axes, for four times the time. Inverted lists in front of either are
+faster still, from a few hundred thousand rows on.
 """
 
 from __future__ import annotations
@@ -42,15 +44,18 @@ def kinds(rows: int, dim: int, wanted: Wanted) -> list[str]:
     """
     if rows <= _EXACT_ROWS:
         return []
-    lists = 2 ** round(np.log2(2 * np.sqrt(rows)))
+    lists = 2 ** round(np.log2(4 * np.sqrt(rows)))
+    codes: list[tuple[str, str, float]] = [("", "RaBitQfs", dim / 8 + 8)]  # axes, code, bytes of a row
+    if dim % 8 == 0:
+        codes.insert(0, (f"PCAR{dim // 2},", f"PQ{dim // 4}x4fs", dim / 8))
     found: list[tuple[str, float]] = []
-    rabitq = dim / 8 + 8  # bytes of a row: a bit for each number, and two factors
-    if rows >= _LISTS_ROWS:
-        found.append((f"IVF{lists},RaBitQfs", rabitq + 16 + 4 * dim * lists / rows))
-    found.append(("RaBitQfs", rabitq))
-    found.append(("SQfp16", 2 * dim))  # slow, but it misses nothing: for vectors that no code of a bit tells apart
-    if rabitq * rows > wanted.memory:  # product quantisers of four bits take even less, and find less
-        found = [(f"PQ{dim // n}x4fs", dim / n / 2) for n in (4, 8, 16) if dim % n == 0 and dim // n % 2 == 0]
+    for axes, code, size in codes:
+        if rows >= _LISTS_ROWS:
+            found.append((f"{axes}IVF{lists},{code}", size + 16 + 4 * dim * lists / rows))
+        found.append((axes + code, size))
+    found.append(("SQfp16", 2 * dim))  # slow, but it misses nothing: for vectors that no short code tells apart
+    if min(size for _, size in found) * rows > wanted.memory:  # coarser codes take even less, and find less
+        found = [(f"PCAR{dim // 2},PQ{dim // n}x4fs", dim / n / 2) for n in (8, 16) if dim % (2 * n) == 0]
     return [kind for kind, size in found if size * rows <= wanted.memory]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from indexes.errors import ColumnError
 
@@ -140,3 +141,8 @@ def _is_text(name: str) -> bool:
 def storable(text: str) -> str:
     """Text that Parquet can hold: half a surrogate pair becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
+
+
+def numbers(values: NDArray[np.int64]) -> pa.Int64Array:
+    """Whole numbers for Arrow, which takes them from NumPy by importing pandas, where that is installed."""
+    return pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values, np.int64))])

@@ -34,12 +34,11 @@ from numpy.typing import NDArray
 from indexes import runtime
 from indexes.columns import unified
 from indexes.errors import ExchangeError, StoreError, VectorError
-from indexes.manifest import SEGMENTS, ModelRef, SourceRef, sha256_of
+from indexes.manifest import SEGMENTS, ModelRef, SourceRef, cannot_write, sha256_of
 from indexes.segments import ROW_SCHEMA, with_embeddings, write_segment
 from indexes.store import Store
 from indexes.tables import extras, read_table, texts
 from indexes.vectors import as_vectors
-from indexes.writer import cannot_write
 
 PATH_COLUMNS = (
     *("image_path", "path", "filepath", "file_path", "file_name", "filename", "image", "image_name", "img", "url"),

@@ -310,3 +310,11 @@ def remedy(file: Path) -> str:
     if file.name == FAILURES:
         return "delete it, it only names files that could not be read"
     return f"delete the folder {file.parent} and index again"
+
+
+def cannot_write(folder: Path, error: OSError) -> StoreError:
+    """Say that an index cannot be written, why, and what is left."""
+    return StoreError(
+        f"the index at {folder} cannot be written ({error.strerror or error}): it stays as it was at its last commit; "
+        "make room or allow writing there, and run again"
+    )

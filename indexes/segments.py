@@ -8,7 +8,6 @@ import mmap
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -22,7 +21,6 @@ from numpy.typing import NDArray
 from indexes import runtime
 from indexes.columns import aligned, check_names, decode_columns, encode_columns, is_extra, storable
 from indexes.manifest import DeletedRef, SegmentRef, damaged, replacing, sha256_of
-from indexes.tables import extras
 from indexes.vectors import Vectors
 
 _GROUP = 2048  # rows read at a time when a few are wanted: 2 MB of embeddings at 512 dimensions
@@ -142,6 +140,8 @@ def check_columns(rows: pa.Table) -> pa.Table:
         ColumnError: an extra column has a name that is taken.
 
     """
+    from indexes.tables import extras
+
     given = rows.column_names
     if twice := sorted({name for name in given if given.count(name) > 1}):
         raise ValueError(f"{', '.join(twice)}: a column must not be there twice")
@@ -182,6 +182,13 @@ def names(table: pa.Table) -> list[str]:
         for i in np.flatnonzero(raw.is_valid().to_numpy()):
             out[i] = raw[int(i)].as_py().decode("utf-8", ESCAPE)
     return out
+
+
+def exact_name(fields: Mapping[str, Any]) -> str:
+    """Restore the exact file name of one row, given by the names of its columns."""
+    raw: bytes | None = fields["path_bytes"]
+    name: str = fields["path"]
+    return name if raw is None else raw.decode("utf-8", ESCAPE)
 
 
 def exact_names(table: pa.Table) -> pa.ChunkedArray:
@@ -377,9 +384,17 @@ class Segment:
         return np.cumsum([0, *counts], dtype=np.int64)
 
     @functools.cached_property
+    def group_begins(self) -> list[int]:
+        """The same as a list."""
+        begins: list[int] = self.group_starts.tolist()
+        return begins
+
+    @functools.cached_property
     def ids(self) -> NDArray[np.int64]:
         """The id of each row, rising. They are kept, since every commit asks for them."""
-        return self.columns("id")["id"].to_numpy()  # type: ignore[no-any-return]
+        # Not Arrow's to_numpy, which imports pandas, where that is installed.
+        chunks = [np.from_dlpack(chunk) for chunk in self.columns("id")["id"].chunks]
+        return np.concatenate([np.empty(0, np.int64), *chunks])
 
     def columns(self, *names: str) -> pa.Table:
         """All rows of some columns."""
@@ -389,7 +404,9 @@ class Segment:
     def group(self, i: int, *names: str) -> pa.Table:
         """One row group: some columns, or all."""
         with _reading(self.file):
-            return _of_length(self._open().read_row_group(i, columns=list(names) or None), self._rows_of(i))
+            return _of_length(
+                self._open().read_row_group(i, columns=list(names) or None, use_threads=False), self._rows_of(i)
+            )
 
     def facts(self, i: int) -> pa.Table:
         """One row group, all columns but the embeddings."""
@@ -475,6 +492,8 @@ def read_vectors(segments: Sequence[Segment], dim: int) -> Vectors:
         for task in tasks:
             read(task)
     else:
+        from concurrent.futures import ThreadPoolExecutor
+
         with ThreadPoolExecutor(runtime.thread_count()) as pool:
             list(pool.map(read, tasks))
     return out

@@ -7,21 +7,22 @@ callers see. Both rise with the id.
 from __future__ import annotations
 
 import functools
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from indexes.columns import aligned, unified
-from indexes.damage import missing
+from indexes.columns import aligned, numbers, unified
 from indexes.errors import StoreCorrupt, StoreError
 from indexes.manifest import ANN_FILE, SEGMENTS, Manifest
 from indexes.segments import ROW_SCHEMA, Row, Segment, decode_row, names, read_deleted, read_vectors, unit_rows
 from indexes.vectors import Hits, VectorIndex, Vectors, exact_search, ranked, rescored
 
-_FEW = 8  # one row group in so many at most is read for single rows; for more, whole columns are
+_SINGLE = 64  # rows at most that are read one by one; Arrow's `take` also imports pyarrow.compute, which takes 25 ms
 _HELD = 256 << 20  # bytes of vectors, widened to float32, that exact search holds; more are read a block at a time
 _BLOCK = 16_384  # rows
 
@@ -45,9 +46,10 @@ class Snapshot:
             held.get(ref) or Segment(folder / SEGMENTS / ref.file, ref, dim) for ref in manifest.segments
         ]
         self._starts = np.cumsum([0, *(segment.rows for segment in self.segments)], dtype=np.int64)
+        self._begins: list[int] = self._starts.tolist()  # for single rows, of which an array is slow to search
         self._columns: dict[str, pa.ChunkedArray] = {}
         self._tables: dict[tuple[str, ...], pa.Table] = {}  # of some of them
-        self._groups: dict[tuple[Segment, int, tuple[str, ...]], pa.Table] = {}
+        self._groups: dict[tuple[Segment, int, tuple[str, ...]], Sequence[pa.Array | None]] = {}  # see _cells
         # Row groups that single rows were read from lately: those of one commit serve the next as well.
         self._recent: Callable[[Segment, int], pa.Table] = (
             before._recent if before else functools.lru_cache(8)(Segment.facts)
@@ -70,6 +72,8 @@ class Snapshot:
                     files = [folder / SEGMENTS / segment.file for segment in manifest.segments]
                     files += [folder / manifest.deleted.file] if manifest.deleted else []
                     file = next((file for file in files if not file.exists()), files[0])
+                    from indexes.damage import missing
+
                     raise StoreCorrupt(missing(folder, manifest, file)) from error
             except OSError as error:
                 raise StoreError(f"the index at {folder} cannot be read: {error}") from error
@@ -137,8 +141,8 @@ class Snapshot:
         if new:
             schema = self._schema_of(new)
             tables = [aligned(segment.columns(*new), schema) for segment in self.segments]
-            table = pa.concat_tables([schema.empty_table(), *tables])
-            table = table.combine_chunks().take(self.live) if len(self.dead) else table.combine_chunks()
+            table = _joined(tables, schema).combine_chunks()
+            table = table.take(numbers(self.live)) if len(self.dead) else table
             self._columns |= zip(new, table.columns, strict=True)
         if names not in self._tables:  # making one costs more than finding ten rows in it
             schema = self._schema_of(names)
@@ -148,19 +152,28 @@ class Snapshot:
     def _schema_of(self, names: Sequence[str]) -> pa.Schema:
         return pa.schema([self.schema.field(name) for name in names])
 
-    def take(self, positions: NDArray[np.int64], *names: str) -> pa.Table:
-        """Some columns of some rows. As long as those are few, only their row groups are read, and kept."""
-        if not self._columns.keys() >= set(names):
-            places = [self._locate(int(slot)) for slot in self.live[positions]]
-            wanted = {(segment, i, names) for segment, i, _ in places}
-            groups = sum(len(segment.group_starts) - 1 for segment in self.segments)
-            if len(wanted | self._groups.keys()) <= groups // _FEW:
-                schema, new = self._schema_of(names), wanted - self._groups.keys()
-                self._groups |= {key: aligned(key[0].group(key[1], *names), schema) for key in new}
-                found = [self._groups[segment, i, names].slice(row, 1) for segment, i, row in places]
-                return pa.concat_tables([schema.empty_table(), *found])
-            self._groups.clear()
-        return self.columns(*names).take(positions)
+    def records(self, positions: NDArray[np.int64], *names: str) -> list[dict[str, Any]]:
+        """Some columns of some rows, by name. Where the rows are few, only their row groups are read, and kept."""
+        if len(positions) > _SINGLE:
+            found: list[dict[str, Any]] = self.columns(*names).take(numbers(positions)).to_pylist()
+            return found
+        return [
+            {
+                name: column[row].as_py() if column is not None else None
+                for name, column in zip(names, self._cells(segment, i, names), strict=True)
+            }
+            for segment, i, row in map(self._locate, self.live[positions].tolist())
+        ]
+
+    def _cells(self, segment: Segment, i: int, names: tuple[str, ...]) -> Sequence[pa.Array | None]:
+        """Some columns of a row group, without those that hold nothing."""
+        key = (segment, i, names)
+        if key not in self._groups:
+            table = aligned(segment.group(i, *names), self._schema_of(names)).combine_chunks()
+            self._groups[key] = [
+                column.chunk(0) if column.null_count < len(column) else None for column in table.columns
+            ]
+        return self._groups[key]
 
     @functools.cached_property
     def paths(self) -> list[str]:
@@ -192,10 +205,10 @@ class Snapshot:
 
     def _locate(self, slot: int) -> tuple[Segment, int, int]:
         """Segment, row group and row in it of a slot."""
-        i = int(np.searchsorted(self._starts, slot, side="right")) - 1
-        segment, row = self.segments[i], slot - int(self._starts[i])
-        group = int(np.searchsorted(segment.group_starts, row, side="right")) - 1
-        return segment, group, row - int(segment.group_starts[group])
+        i = bisect_right(self._begins, slot) - 1
+        segment, row = self.segments[i], slot - self._begins[i]
+        group = bisect_right(segment.group_begins, row) - 1
+        return segment, group, row - segment.group_begins[group]
 
     def blocks(self, first: int = 0) -> Iterator[tuple[int, Vectors]]:
         """All vectors, deleted ones too, a row group at a time from a segment on: first slot and unit rows."""
@@ -221,15 +234,17 @@ class Snapshot:
         near = ann.candidates(queries, min(k, inside), fetch, self._slots_allowed(allowed))
         if any(len(slots) < min(k, inside) for slots, _ in near):  # it lost its way: never fewer than there are
             return self.exact(queries, k, allowed)
-        newer = exact_search(self._newer, queries, k, None if allowed is None else allowed[self.covered :])
+        newer = None
+        if len(self._newer):
+            newer = exact_search(self._newer, queries, k, None if allowed is None else allowed[self.covered :])
 
         def candidates(i: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
             slots = np.sort(near[i][0])
             slots, scores = rescored(queries[i], slots, self.stored(slots), k)
             positions = slots if len(self.live) == self._starts[-1] else np.searchsorted(self.live, slots)
-            beside = newer.rows[i] >= 0
-            if not beside.any():
+            if newer is None:
                 return positions, scores
+            beside = newer.rows[i] >= 0
             return (
                 np.concatenate([positions, newer.rows[i][beside] + self.covered]),
                 np.concatenate([scores, newer.scores[i][beside]]),
@@ -311,6 +326,11 @@ class Snapshot:
     def _alive(self) -> NDArray[np.bool_] | None:
         everything = np.ones(self.covered, dtype=np.bool_)
         return None if self.covered == len(self._ann or ()) else self._slots_allowed(everything)
+
+
+def _joined(tables: Sequence[pa.Table], schema: pa.Schema) -> pa.Table:
+    """Join tables of one schema. Arrow makes an empty table by importing pandas, where that is installed."""
+    return pa.concat_tables(tables) if tables else schema.empty_table()
 
 
 def _merged(hits: Hits, more: Hits, first: int, columns: int) -> Hits:

@@ -8,15 +8,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock, Timeout
 from numpy.typing import ArrayLike, NDArray
 
-from indexes import filters
-from indexes.choice import EXACT, kinds
-from indexes.damage import Repaired, check, repair
 from indexes.errors import ModelMismatch, StoreError, StoreLocked
 from indexes.manifest import (
     ANN_FILE,
@@ -29,15 +26,23 @@ from indexes.manifest import (
     ModelRef,
     SourceRef,
     Wanted,
+    cannot_write,
     remove_leftovers,
     sha256_of,
 )
 from indexes.segments import Failure, Row, read_failures
 from indexes.snapshot import Snapshot
 from indexes.vectors import Hits, Vectors, as_vectors, check_search, check_width
-from indexes.writer import Writer, cannot_write
 
-__all__ = ["MANIFEST", "UNVERIFIED", "Failure", "ModelRef", "Row", "SourceRef", "Store", "Wanted", "Writer"]
+if TYPE_CHECKING:
+    from indexes.damage import Repaired
+    from indexes.filters import Condition
+    from indexes.writer import Writer
+
+__all__ = ["MANIFEST", "UNVERIFIED", "Failure", "ModelRef", "Row", "SourceRef", "Store", "Wanted"]
+
+# What only writes, filters, repairs or builds is imported where that is done: a search that is a process of its own
+# begins in half the time.
 
 _LOCK = "write.lock"
 _STALE_ROWS = 1000  # searched exactly beside the FAISS file in under a millisecond …
@@ -104,6 +109,8 @@ class Store:
             StoreError: it cannot be written, or more is damaged than segments.
 
         """
+        from indexes.damage import repair
+
         path = path.absolute()
         Manifest.read(path)  # no lock is made where there is no index
         with _locked(path, wait):
@@ -172,7 +179,7 @@ class Store:
         """Names and types of the columns of `rows`."""
         return self.snapshot.schema
 
-    def mask(self, where: filters.Condition | str) -> NDArray[np.bool_]:
+    def mask(self, where: Condition | str) -> NDArray[np.bool_]:
         """Find the rows that qualify, for `search`: (N,) bool. Reads only the columns that the condition names.
 
         Args:
@@ -183,7 +190,9 @@ class Store:
             FilterError: it names a column that is not there, compares values of different types, or is no condition.
 
         """
-        return filters.mask(self.snapshot, where)
+        from indexes.filters import mask
+
+        return mask(self.snapshot, where)
 
     def texts(self) -> NDArray[np.bool_]:
         """Which positions hold a sentence, and not a picture: (N,)."""
@@ -235,6 +244,8 @@ class Store:
 
         Of a damaged segment the line says what is lost with it. Anything may be wrong, and nothing is raised.
         """
+        from indexes.damage import check
+
         return check(self.path)
 
     # ---- writing ---------------------------------------------------------------------------------------------------
@@ -251,6 +262,8 @@ class Store:
             StoreError: the folder cannot be written.
 
         """
+        from indexes.writer import Writer
+
         with _locked(self.path, wait):
             self.refresh()
             try:
@@ -272,6 +285,8 @@ class Store:
 
         Too many: more than 1,000, and more than a tenth of those inside.
         """
+        from indexes.choice import EXACT, kinds
+
         manifest, rows = self.snapshot.manifest, len(self)
         wanted, ann = manifest.wanted, manifest.ann
         if wanted.factory == EXACT or (wanted.factory is None and not kinds(rows, self.model.dim, wanted)):
@@ -320,6 +335,8 @@ class Store:
 @contextlib.contextmanager
 def _locked(path: Path, wait: float) -> Iterator[None]:
     """Hold the lock of an index folder. The system lets go of it when the process ends, however it ends."""
+    from filelock import FileLock, Timeout
+
     lock = FileLock(path / _LOCK)
     try:
         lock.acquire(timeout=wait)

@@ -7,9 +7,8 @@ depend on the batch, the number of threads or the kernel. Rows are ranked by fal
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from indexes import runtime
 from indexes.errors import StoreCorrupt, VectorError
-from indexes.manifest import replacing
+from indexes.manifest import replacing, sha256_of
 
 Vectors: TypeAlias = NDArray[np.float32]
 """(N, D) float32, C-contiguous, unit rows."""
@@ -33,6 +32,7 @@ _MORE = 16  # rows asked for beyond k, so that a tie at rank k is usually whole 
 _NAMED = 3  # bad rows that a message names
 _POINTS, _FEWEST = 64, 39  # training rows for each centroid: enough, and what FAISS wants at least
 _TRAINING = 65_536  # rows that kinds without centroids are trained on: quantisers' ranges, rotations
+_AXES = 32_768  # of them, those that principal axes are found from
 _MAPPED = 256 << 20  # bytes of a FAISS file from which on it is mapped instead of read
 _FAISS_PLACE = re.compile(r"^Error in .*? at \S+:\d+: ")
 _FACTORY = b"\ndiptych factory "  # FAISS files do not say which factory string made them; readers ignore what follows
@@ -79,8 +79,8 @@ def as_vectors(array: ArrayLike, names: Sequence[str] | None = None) -> Vectors:
         lengths[i : i + _CHUNK] = norms
         with np.errstate(divide="ignore", invalid="ignore"):
             unit[i : i + _CHUNK] = wide / norms[:, None]
-    bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
-    if bad.size:
+    if len(lengths) and not (lengths.min() > 0 and lengths.max() < np.inf):  # NaN is neither
+        bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
         shown = ", ".join(names[i] if names is not None else f"row {i}" for i in bad[:_NAMED])
         more = ", …" if bad.size > _NAMED else ""
         raise VectorError(f"{bad.size} of {len(given)} vectors are zero, NaN or infinite: {shown}{more}")
@@ -210,7 +210,9 @@ class VectorIndex:
             index, points = _untrained(factory, dim, rows)
             if rows:
                 if not index.is_trained:
-                    index.train(sample(min(rows, max(points, _TRAINING))))
+                    training = sample(min(rows, max(points, _TRAINING)))
+                    _train_axes(index, training)
+                    index.train(training)
                 for block in blocks:
                     index.add(block)
         return cls(index, factory)
@@ -351,14 +353,15 @@ class VectorIndex:
             try:
                 if not mark:
                     raise RuntimeError("it is incomplete")
-                if size > _MAPPED and str(path).isprintable():
+                # FAISS's own open takes no names that are not UTF-8, on Windows none that are not ASCII.
+                named = str(path).isascii() if os.name == "nt" else str(path).isprintable()
+                if size > _MAPPED and named:
                     return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC), factory.decode())
-                file.seek(0)
-                content = file.read()
-                if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+                if sha256 is not None and sha256_of(path) != sha256:
                     raise RuntimeError("its content is not what was written")
-                reader = faiss.PyCallbackIOReader(io.BytesIO(content).read)
-                return cls(faiss.read_index(reader), factory.decode())
+                file.seek(0)
+                content = str(path) if named else faiss.PyCallbackIOReader(file.read)
+                return cls(faiss.read_index(content), factory.decode())
             except (RuntimeError, ValueError) as error:
                 raise StoreCorrupt(
                     f"{path} is no readable index of vectors ({_reason(error)}): delete it, it can be built again"
@@ -418,6 +421,21 @@ def _building(factory: str, rows: int) -> Iterator[None]:
         raise VectorError(
             f"FAISS cannot build an index of kind {factory!r} on {rows:,} vectors: {_reason(error)}"
         ) from error
+
+
+def _train_axes(index: Any, sample: Vectors) -> None:
+    """Train principal axes about zero, and not about the mean as FAISS does.
+
+    Of vectors with their mean taken off, products are no longer those of the vectors: each row's product with the mean
+    is missing. A sample beside its negative has no mean.
+    """
+    faiss = runtime.faiss()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        step = faiss.downcast_VectorTransform(index.chain.at(0))
+        if isinstance(step, faiss.PCAMatrix):
+            some = sample[:: max(1, len(sample) // _AXES)]
+            step.train(np.concatenate([some, -some]))
 
 
 def _untrained(factory: str, dim: int, rows: int) -> tuple[Any, int]:

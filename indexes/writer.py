@@ -7,7 +7,6 @@ import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from indexes import choice
 from indexes.columns import unified
 from indexes.damage import whole
-from indexes.errors import StoreCorrupt, StoreError
+from indexes.errors import StoreCorrupt
 from indexes.manifest import (
     ANN_FILE,
     FAILURES,
@@ -27,6 +26,7 @@ from indexes.manifest import (
     SegmentRef,
     SourceRef,
     Wanted,
+    cannot_write,
     remedy,
     remove_leftovers,
     sha256_of,
@@ -398,11 +398,3 @@ class Writer:
         except OSError as error:
             self.failed = True
             raise cannot_write(self._store.path, error) from error
-
-
-def cannot_write(folder: Path, error: OSError) -> StoreError:
-    """Say that an index cannot be written, why, and what is left."""
-    return StoreError(
-        f"the index at {folder} cannot be written ({error.strerror or error}): it stays as it was at its last commit; "
-        "make room or allow writing there, and run again"
-    )

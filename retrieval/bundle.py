@@ -15,13 +15,14 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from retrieval.errors import ModelError
-from retrieval.images import Preprocessing
+from retrieval.preprocessing import Preprocessing
 
 FORMAT = 1
 MODEL_FILE, IMAGE_FILE, TEXT_FILE, TOKENIZER_FILE = "model.json", "image.onnx", "text.onnx", "tokenizer.json"
@@ -111,19 +112,26 @@ class Bundle:
 
     def copy_to(self, folder: Path) -> Bundle:
         """Copy the bundle's own files into a new folder, whole or not at all."""
-        if folder.exists():
-            raise ModelError(f"{folder} exists already: choose another name or remove it first")
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-                staging = Path(scratch) / folder.name
-                staging.mkdir()
-                for name in FILES:
-                    shutil.copyfile(self.path / name, staging / name)
-                staging.rename(folder)
-        except OSError as error:
-            raise ModelError(f"{folder} cannot be written: {error.strerror}") from error
+        with new_folder(folder) as staging:
+            for name in FILES:
+                shutil.copyfile(self.path / name, staging / name)
         return replace(self, path=folder)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which is there under its own name when all went well, and not at all otherwise."""
+    if folder.exists():
+        raise ModelError(f"{folder} exists already: choose another name or remove it first")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            staging = Path(scratch) / folder.name
+            staging.mkdir()
+            yield staging
+            staging.rename(folder)
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 def is_bundle(folder: Path) -> bool:

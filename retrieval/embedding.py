@@ -55,6 +55,12 @@ class View:
     draw: Callable[[Image.Image, Picture], Image.Image]
 
 
+def cache_name(encoder: Encoder) -> str:
+    """Where an encoder's vectors are kept: those computed in bf16, whose fingerprint is the same, apart."""
+    in_bf16 = getattr(encoder, "precision", "fp32") == "bf16"
+    return f"{encoder.fingerprint}-bf16" if in_bf16 else encoder.fingerprint
+
+
 def encode_pictures(
     encoder: Encoder,
     pictures: Sequence[Picture],
@@ -120,7 +126,7 @@ def _encode_pictures(
                 else:
                     batch[key] = image
             where[number] = slots[key]
-            if len(batch) == _BATCH:
+            if len(batch) == getattr(encoder, "batch_size", _BATCH):
                 encode()
             if progress and (number + 1) % _BATCH == 0:
                 progress(number + 1 - len(batch), len(pictures))

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, Protocol
-
-from PIL import Image
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from indexes.vectors import Vectors
 from retrieval.bundle import FILES, MODEL_FILE, Bundle, is_bundle
 from retrieval.errors import MissingExtra, ModelError
-from retrieval.images import Preprocessing
 from retrieval.onnx_encoder import OnnxEncoder
+from retrieval.sessions import RunPrecision
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from retrieval.images import Preprocessing
+    from retrieval.pairs import Record
 
 BUILTIN = "builtin"
-Precision = Literal["fp32", "fp16"]  # of stored weights
+Precision = Literal["fp32", "fp16"]  # of weights as training and torch write them; `conversion` knows int8 as well
 _BUILTIN_FOLDER = Path(__file__).parent / "models" / BUILTIN
 _CHECKPOINT_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".npz"}
 
@@ -27,7 +31,8 @@ _CHECKPOINT_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".npz"}
 class Encoder(Protocol):
     """A model that puts pictures and sentences into one space.
 
-    ``fingerprint`` changes whenever a vector would; two encoders with the same one are interchangeable.
+    ``fingerprint`` changes whenever a vector would; two encoders with the same one are interchangeable. An encoder may
+    say with ``batch_size`` how many pictures at a time keep it busy; whoever has many hands them over like that.
     """
 
     name: str
@@ -46,7 +51,12 @@ class Encoder(Protocol):
 
 
 def load_encoder(
-    spec: str = BUILTIN, *, device: str = "cpu", threads: int | None = None, preprocess: str | None = None
+    spec: str = BUILTIN,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    preprocess: str | None = None,
+    precision: RunPrecision = "auto",
 ) -> Encoder:
     """Load a model by the name a user types.
 
@@ -57,6 +67,8 @@ def load_encoder(
         threads: of the model; as many as the process may use when None.
         preprocess: only for a bare checkpoint file, which does not say how its pictures were prepared:
             the open_clip tag it was trained like (``openai``), or a JSON file as in a bundle's ``preprocessing``.
+        precision: the arithmetic: ``fp32``, ``bf16``, or ``auto``, the fastest that the processor has. Of a bundle it
+            is that of the image tower, whose weights must not be in int8: those are computed as they are.
 
     Raises:
         ModelError: no such model, or it cannot be used.
@@ -68,10 +80,15 @@ def load_encoder(
             raise ModelError(f"{spec} is an ONNX bundle and runs on the CPU: leave out --device {device}")
         if preprocess is not None:
             raise ModelError(f"{spec} says itself how to prepare pictures: leave out --preprocess")
-        return OnnxEncoder(Bundle.load(folder), threads)
+        encoder = OnnxEncoder(Bundle.load(folder), threads, precision)
+        if precision != "auto":
+            _ = encoder.precision  # raises now, not at the first picture
+        return encoder
     torch_encoder = _torch_encoder(spec)
-    encoder: Encoder = torch_encoder.load(spec, device=device, threads=threads, preprocess=preprocess)
-    return encoder
+    loaded: Encoder = torch_encoder.load(
+        spec, device=device, threads=threads, preprocess=preprocess, precision=precision
+    )
+    return loaded
 
 
 def lasting_spec(spec: str) -> str:
@@ -107,6 +124,8 @@ def find_bundle(spec: str) -> Path | None:
     if "/" in spec:
         return None
     known = [BUILTIN, *list_imported()]
+    import difflib
+
     close = difflib.get_close_matches(spec, known, 1)
     hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}."
     raise ModelError(f"no model is called {spec!r}; {hint} open_clip models are named ARCHITECTURE/PRETRAINED")
@@ -150,15 +169,49 @@ def import_bundle(source: str, name: str | None = None) -> tuple[str, Path]:
     return name, bundle.copy_to(models_folder() / name).path
 
 
-def export_bundle(spec: str, folder: Path, precision: Precision = "fp32", preprocess: str | None = None) -> Bundle:
-    """Write any model as a bundle into a new folder; ``precision`` (fp32 or fp16) is for models that are none yet."""
+def export_bundle(
+    spec: str,
+    folder: Path,
+    precision: str | None = None,
+    preprocess: str | None = None,
+    calibrate: Sequence[Record] = (),
+) -> Bundle:
+    """Write any model as a bundle into a new folder.
+
+    Args:
+        spec: the model, as for :func:`load_encoder`.
+        folder: where to.
+        precision: fp32, fp16 or int8, of both towers or of each: ``int8/fp16`` (pictures first). None leaves a
+            bundle as it is; of other models it is fp32.
+        preprocess: as for :func:`load_encoder`.
+        calibrate: captioned photos, for int8; see :func:`retrieval.conversion.convert`.
+    """
+    towers = stored_precision(precision) if precision else None
     found = find_bundle(spec)
     if found is not None:
-        return Bundle.load(found).copy_to(folder)
-    encoder = _torch_encoder(spec).load(spec, preprocess=preprocess)
+        bundle = Bundle.load(found)
+        if towers is None or dict(bundle.precision) == towers:
+            return bundle.copy_to(folder)
+        from retrieval.conversion import convert
+
+        return convert(bundle, folder, towers, calibrate)
+    encoder = _torch_encoder(spec).load(spec, preprocess=preprocess, precision="fp32")
+    from retrieval.conversion import convert
     from retrieval.training.export import export_open_clip
 
-    return export_open_clip(encoder, folder, precision)
+    if towers is None or towers == {"image": "fp32", "text": "fp32"}:
+        return export_open_clip(encoder, folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        return convert(export_open_clip(encoder, Path(scratch) / folder.name), folder, towers, calibrate)
+
+
+def stored_precision(text: str) -> dict[str, str]:
+    """``int8``, or ``fp16/int8`` -> the precision of each tower's weights. ModelError when it is none."""
+    image, _, text_tower = text.partition("/")
+    towers = {"image": image, "text": text_tower or image}
+    if not {*towers.values()} <= {"fp32", "fp16", "int8"}:
+        raise ModelError(f"{text!r} is no precision: fp32, fp16 or int8, or two of them as image/text: int8/fp16")
+    return towers
 
 
 def _fetch_bundle(repository: str) -> Path | None:

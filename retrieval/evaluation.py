@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexes.vectors import Vectors, exact_search
-from retrieval.embedding import EmbeddingCache, Progress, encode_pictures, encode_sentences
+from retrieval.embedding import EmbeddingCache, Progress, cache_name, encode_pictures, encode_sentences
 from retrieval.encoders import Encoder
 from retrieval.errors import DataError, UsageError
 from retrieval.index_evaluation import Direction, IndexScores, check_kinds, evaluate_indexes
@@ -263,7 +263,7 @@ def _encode(
     encoder: Encoder, records: Sequence[Record], texts: Sequence[str], cached: bool, progress: Progress | None
 ) -> tuple[tuple[Vectors, Vectors], str]:
     """Vectors of pictures and texts; and a remark, if they could not be kept for the next time."""
-    cache = EmbeddingCache(encoder.fingerprint, encoder.dim) if cached else None
+    cache = EmbeddingCache(cache_name(encoder), encoder.dim) if cached else None
     pictures = [record.image for record in records]
     vectors = (
         encode_pictures(encoder, pictures, cache=cache, progress=progress),

@@ -7,26 +7,27 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image
 
 from indexes.runtime import thread_count
 from indexes.segments import ESCAPE, exact_names
-from indexes.store import Failure, Row, SourceRef, Writer
+from indexes.store import Failure, Row, SourceRef
 from indexes.vectors import Vectors
 from retrieval.errors import ImageError, UsageError
 from retrieval.folder import ScannedFile, scan_columns
 from retrieval.images import MAX_BYTES, Photo, os_reason, read_photo
-from retrieval.pairs import Picture
 from retrieval.pipeline import Behind, Stopwatch, map_ahead
 
 if TYPE_CHECKING:
+    from PIL import Image
+
+    from indexes.writer import Writer
     from retrieval.library import Library
+    from retrieval.pairs import Picture
 
 _BATCH = 16
 _SENTENCES = 128  # the same of sentences
@@ -106,38 +107,6 @@ class Plan:
     def pending(self) -> int:
         """How many files a run would touch."""
         return len(self.todo) + len(self.missing) + len(self.relabelled)
-
-
-class Source(Protocol):
-    """Where the rows of an index come from."""
-
-    def plan(self, library: Library, below: str) -> Plan:
-        """Set what there is against the store. Raises UsageError, DataError."""
-
-    def read(self, file: Any) -> bytes:
-        """The content of something that a plan found: a ScannedFile, or an Item. Raises OSError."""
-
-    def picture(self, path: str, fields: Mapping[str, Any]) -> Picture:
-        """The picture of a stored row, by its path and the row's other fields; read when it is wanted."""
-
-
-@dataclass(frozen=True)
-class Folder:
-    """The pictures in a folder: the source of an index that names no other."""
-
-    root: Path
-
-    def plan(self, library: Library, below: str) -> Plan:
-        """See `make_plan`."""
-        return make_plan(library, below)
-
-    def read(self, file: ScannedFile) -> bytes:
-        """The content of a file. Raises OSError."""
-        return (self.root / file.path).read_bytes()
-
-    def picture(self, path: str, fields: Mapping[str, Any]) -> Picture:  # noqa: ARG002 - the path says it all
-        """The file itself."""
-        return self.root / path
 
 
 @dataclass(frozen=True)
@@ -328,7 +297,7 @@ class Run:
     def _keep(self, file: ScannedFile, read: _Read, old: tuple[int, str] | None) -> None:
         if read.photo is not None:
             self.batch.append((_row(file, read.hash, read.photo), read.photo.image))
-            if len(self.batch) == _BATCH:
+            if len(self.batch) == getattr(self.library.encoder, "batch_size", _BATCH):
                 self._embed()
         elif read.text is not None:
             self.sentences.append((_row(file, read.hash), read.text))

@@ -12,34 +12,35 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from indexes import filters
-from indexes.choice import EXACT
 from indexes.errors import DiptychError, StoreNotFound, VectorError
-from indexes.segments import ROW_SCHEMA, names
+from indexes.segments import ROW_SCHEMA, exact_name
 from indexes.store import MANIFEST, UNVERIFIED, ModelRef, Store, Wanted
 from indexes.vectors import Vectors
 from retrieval.bundle import Bundle
-from retrieval.duplicates import Duplicates, Grade, Thresholds, find_duplicates
 from retrieval.encoders import BUILTIN, Encoder, data_folder, find_bundle, lasting_spec, load_encoder
 from retrieval.errors import ImageError, ModelError, UsageError
-from retrieval.images import MAX_PIXELS, read_photo
-from retrieval.indexing import IndexReport, Progress, Run, Source
-from retrieval.pair_formats import is_pattern
-from retrieval.pairs import Picture
-from retrieval.probes import probes
-from retrieval.sources import LIST, OFFSET, TEXTS, named, open_source, recognise, store_beside
+from retrieval.origin import LIST, OFFSET, TEXTS, Folder, Source
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from indexes.filters import Condition
+    from retrieval.duplicates import Duplicates, Grade, Thresholds
+    from retrieval.indexing import IndexReport, Progress
+    from retrieval.pairs import Picture
+
+# What only indexes, filters, compares or reads pictures is imported where that is done: see indexes/store.py.
 
 _NOT_SHOWN = {"mtime_ns", "hash", "latitude", "longitude"}  # columns that no match has
 _HIDDEN = frozenset({*ROW_SCHEMA.names, OFFSET})  # of a match's columns: they have names of their own, or none
 STORE_NAME = ".diptych"
 _MAX_WEIGHT = 1000  # beside it, nothing else in the query counts
-QUICK_SCAN = 100_000  # pictures; looking through a folder costs about 5 microseconds a file
+QUICK_SCAN = 20_000  # pictures; looking through a folder costs 5 microseconds a file, and all of a search 0.3 s
 QUICK_FILES = 50  # embedding one costs tens of milliseconds
 
 
@@ -158,6 +159,8 @@ class Library:
         Raises:
             UsageError, DataError: it is not there, or nothing that can be indexed.
         """
+        from retrieval.sources import recognise
+
         corpus = recognise(folder, texts, images)
         folder = corpus.root if corpus else folder.expanduser().absolute()
         name = encoder.name if encoder else lasting_spec(model)
@@ -184,6 +187,10 @@ class Library:
     @property
     def source(self) -> Source:
         """Where the rows come from."""
+        if self.store.source is None:
+            return Folder(self.root)
+        from retrieval.sources import open_source
+
         return open_source(self.root, self.store.source)
 
     @property
@@ -207,6 +214,8 @@ class Library:
                 f"the index at {self.store.path} was made from {what}{self.place}: make a second one with --index PATH"
             )
         if images and source:
+            from retrieval.sources import named
+
             place = named(images.expanduser().absolute(), self.root)
             if place != source.images:
                 with self.store.write() as writer:
@@ -260,7 +269,7 @@ class Library:
         below: str = "",
         *,
         progress: Progress | None = None,
-        max_pixels: int = MAX_PIXELS,
+        max_pixels: int | None = None,
         wait: float = 0.0,
         wanted: Wanted | None = None,
     ) -> IndexReport:
@@ -269,7 +278,7 @@ class Library:
         Args:
             below: only this folder, relative to the root.
             progress: called with (files done, files to do).
-            max_pixels: a picture of more is a failure, not a memory problem.
+            max_pixels: a picture of more is a failure, not a memory problem; None is `retrieval.images.MAX_PIXELS`.
             wait: seconds to wait for another process that is writing.
             wanted: which FAISS index the store is to have from now on; None is what was wanted last, at first one that
                 is chosen by size.
@@ -279,6 +288,9 @@ class Library:
             VectorError: FAISS cannot build what is wanted now on so many rows.
             UsageError: the folder is gone; or it is empty, and the index, which lies elsewhere, knows pictures in it.
         """
+        from retrieval.images import MAX_PIXELS
+        from retrieval.indexing import IndexReport, Run
+
         with self.store.write(wait=wait) as writer:
             started = time.perf_counter()
             plan = self.source.plan(self, below)
@@ -289,7 +301,7 @@ class Library:
                     f"{self.root / below} holds no picture any more, but its index knows {len(plan.missing)}: is a "
                     f"drive not mounted? If they are really gone, delete {self.store.path}"
                 )
-            run = Run(self, writer, plan, max_pixels, progress)
+            run = Run(self, writer, plan, max_pixels or MAX_PIXELS, progress)
             counts = run.finish()
             elapsed = time.perf_counter() - started
         if wanted is not None and wanted != self.store.wanted:
@@ -309,6 +321,8 @@ class Library:
         Args:
             wanted: a kind, or how to choose one; it is remembered. None is what was wanted last.
         """
+        from retrieval.probes import probes
+
         try:
             queries = probes(self.encoder)
         except DiptychError:  # vectors from elsewhere, whose model is not at hand: stored rows alone are searched with
@@ -345,7 +359,7 @@ class Library:
         k: int = 10,
         *,
         below: str = "",
-        where: filters.Condition | str | None = None,
+        where: Condition | str | None = None,
         threshold: float = -1.0,
         kind: str | None = None,
     ) -> Matches:
@@ -378,21 +392,26 @@ class Library:
             return Matches(qualified=qualified)
         hits = self.store.search(vector[None, :], k, mask)
         found = hits.rows[0][(hits.rows[0] >= 0) & (hits.scores[0] >= threshold)]
-        rows = self.store.snapshot.take(found, *(name for name in self.store.schema.names if name not in _NOT_SHOWN))
+        shown = [name for name in self.store.schema.names if name not in _NOT_SHOWN]
+        rows = self.store.snapshot.records(found, *shown)
         source = self.source
         return Matches(
             (
-                self._match(source, path, float(score), fields)
-                for path, score, fields in zip(names(rows), hits.scores[0], rows.to_pylist(), strict=False)
+                self._match(source, exact_name(fields), float(score), fields)
+                for score, fields in zip(hits.scores[0], rows, strict=False)
             ),
             qualified,
         )
 
-    def _mask(self, below: str, where: filters.Condition | str | None, kind: str | None) -> NDArray[np.bool_] | None:
+    def _mask(self, below: str, where: Condition | str | None, kind: str | None) -> NDArray[np.bool_] | None:
         """Which rows may be found; None: all. Sentences lie in no folder."""
         counts = self.counts()
         sought = kind or ("text" if counts["texts"] and not counts["pictures"] else "image")
-        inside = filters.below(below) if sought == "image" else None
+        inside = None
+        if below and sought == "image":
+            from indexes import filters
+
+            inside = filters.below(below)
         allowed = [self.store.mask(part) for part in (inside, where) if part is not None]
         if counts["pictures" if sought == "text" else "texts"]:
             allowed.append(self.store.texts() == (sought == "text"))
@@ -427,6 +446,8 @@ class Library:
         Raises:
             UsageError: there is no such grade.
         """
+        from retrieval.duplicates import find_duplicates
+
         return find_duplicates(self, grade, below=below, thresholds=thresholds, progress=progress)
 
     def query_vector(self, terms: Sequence[Term]) -> Vectors:
@@ -448,6 +469,8 @@ class Library:
 
 
 def _query_image(path: Path, encoder: Encoder) -> Image.Image:
+    from retrieval.images import read_photo
+
     try:
         return read_photo(path.expanduser(), preprocessing=encoder.preprocessing).image
     except ImageError as error:
@@ -474,6 +497,8 @@ def describe(library: Library) -> dict[str, Any]:
 
 def _describe_search(store: Store) -> dict[str, Any]:
     """How it is searched, and what that was measured to find."""
+    from indexes.choice import EXACT
+
     ann, wanted = store.ann, store.wanted
     if ann is None:
         return {"kind": EXACT} if wanted.factory in (None, EXACT) else {"kind": EXACT, "wanted": wanted.factory}
@@ -487,9 +512,13 @@ def find_store(folder: Path) -> Path | None:
 
     Of a file or a pattern: the one beside it.
     """
-    if folder.is_file() or is_pattern(folder):
-        beside = store_beside(folder)
-        return next((store for store in (beside, _outside_store(beside)) if (store / MANIFEST).is_file()), None)
+    if not folder.is_dir():
+        from retrieval.pair_formats import is_pattern
+        from retrieval.sources import store_beside
+
+        if folder.is_file() or is_pattern(folder):
+            beside = store_beside(folder)
+            return next((store for store in (beside, _outside_store(beside)) if (store / MANIFEST).is_file()), None)
     for place in (folder, *folder.parents):
         for store in (place / STORE_NAME, _outside_store(place)):
             if (store / MANIFEST).is_file():

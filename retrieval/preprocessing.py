@@ -7,22 +7,19 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from retrieval.errors import ModelError
+
+if TYPE_CHECKING:
+    from PIL import Image  # imported where there is a picture: a text search has none
 
 ResizeMode = Literal["squash", "shortest", "longest"]
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 
-_RESAMPLING = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "nearest": Image.Resampling.NEAREST,
-}
 _MAX_SIDE = 8192  # pixels; no model comes near
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 _MAX_SCALED = 16_000_000  # pixels of a picture scaled but not cropped yet: one side 300 times the other, at 224
@@ -95,7 +92,7 @@ class Preprocessing:
         scaled, resampling = self.scaled(*whole)
         if self.resize_mode != "shortest":
             return self._padded(_resized(image, scaled, resampling, box))
-        if resampling == Image.Resampling.NEAREST:  # which a box would send to a pixel beside
+        if resampling.name == "NEAREST":  # which a box would send to a pixel beside
             return _resize_and_crop(image, scaled, (width, height), resampling)
         across, down = (box[2] - box[0]) / scaled[0], (box[3] - box[1]) / scaled[1]
         left, top = _offsets(scaled, (width, height))
@@ -106,7 +103,7 @@ class Preprocessing:
 
     def scaled(self, width: int, height: int) -> tuple[tuple[int, int], Image.Resampling]:
         """What a picture is resized to, (width, height), before it is cropped or padded, and how."""
-        resampling = _RESAMPLING[self.interpolation]
+        resampling = _resampling(self.interpolation)
         across, down = width / self.size[1], height / self.size[0]
         if self.resize_mode == "squash":
             return (self.size[1], self.size[0]), resampling
@@ -116,13 +113,15 @@ class Preprocessing:
             short = min(width, height)
             return (int(self.size[1] * width / short), int(self.size[0] * height / short)), resampling
         # Here open_clip takes another class, and forgets to hand the interpolation to it.
-        return _over(width, height, min(across, down)), Image.Resampling.BICUBIC
+        return _over(width, height, min(across, down)), _resampling("bicubic")
 
     def _padded(self, image: Image.Image) -> Image.Image:
         """In the middle of a grey canvas, if it does not fill it."""
         (height, width) = self.size
         if image.size == (width, height):
             return image
+        from PIL import Image
+
         canvas = Image.new("RGB", (width, height), (self.fill,) * 3)
         canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
         return canvas
@@ -145,39 +144,48 @@ def _offsets(scaled: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     return round((scaled[0] - size[0]) / 2), round((scaled[1] - size[1]) / 2)
 
 
-class _ThisThread(threading.local):
-    """A resizer with vector instructions for each thread, where there is a wheel of it: an eighth of Pillow's time.
+_this_thread = threading.local()
+
+
+def _resizer() -> Any:
+    """This thread's resizer with vector instructions, where there is a wheel of it: an eighth of Pillow's time.
 
     It is Pillow's algorithm with its two passes in the other order: one value in six differs, by its rounding.
     """
-
-    resizer: Any = None
-
-    def __init__(self) -> None:
+    if not hasattr(_this_thread, "resizer"):
+        _this_thread.resizer = None
         with suppress(ImportError):
             from cykooz_resizer import Resizer
 
-            self.resizer = Resizer()
+            _this_thread.resizer = Resizer()
+    return _this_thread.resizer
 
 
-_this_thread = _ThisThread()
-_FILTERS = {Image.Resampling.BICUBIC: "catmull_rom", Image.Resampling.BILINEAR: "bilinear"}  # their names
+_FILTERS = {"BICUBIC": "catmull_rom", "BILINEAR": "bilinear"}  # their names, by Pillow's
+
+
+def _resampling(interpolation: Interpolation) -> Image.Resampling:
+    from PIL import Image
+
+    return Image.Resampling[interpolation.upper()]
 
 
 def _resized(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling, box: Box) -> Image.Image:
     """Resize a part of an image, antialiased; what lies beside the part counts where the filter reaches there."""
     box = (max(0.0, box[0]), max(0.0, box[1]), min(image.width, box[2]), min(image.height, box[3]))  # rounding
-    if _this_thread.resizer is None or resampling not in _FILTERS:
+    resizer = _resizer()
+    if resizer is None or resampling.name not in _FILTERS:
         return image.resize(size, resampling, box)
     import cykooz_resizer as fast
+    from PIL import Image
 
     options = fast.ResizeOptions(
-        fast.ResizeAlg.convolution(fast.FilterType[_FILTERS[resampling]]),
+        fast.ResizeAlg.convolution(fast.FilterType[_FILTERS[resampling.name]]),
         use_alpha=False,
         crop_box=fast.CropBox(box[0], box[1], box[2] - box[0], box[3] - box[1]),
     )
     resized = Image.new("RGB", size)
-    _this_thread.resizer.resize_pil(image, resized, options)
+    resizer.resize_pil(image, resized, options)
     return resized
 
 
@@ -213,6 +221,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = _grey(image)
     elif image.has_transparency_data:
         rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # Pillow has no direct way
+        from PIL import Image
+
         rgb = Image.new("RGB", image.size, "white")
         rgb.paste(rgba, mask=rgba)
         return rgb
@@ -226,6 +236,8 @@ def _grey(image: Image.Image) -> Image.Image:
     first of 1, 255 and 65535 that no pixel exceeds, or else the picture's own range is stretched. NaN and infinity
     become black.
     """
+    from PIL import Image
+
     values = np.asarray(image)
     if values.dtype.itemsize == 2:
         return Image.fromarray((values >> 8).astype(np.uint8))

@@ -26,7 +26,8 @@ from indexes.store import Failure, SourceRef, Store
 from retrieval.errors import DataError, UsageError
 from retrieval.folder import scan
 from retrieval.images import os_reason
-from retrieval.indexing import Folder, Item, Plan, Source
+from retrieval.indexing import Item, Plan
+from retrieval.origin import LIST, OFFSET, TARS, TEXTS, Folder, Source
 from retrieval.pair_formats import Shard, is_pattern, list_shards, read_rows, read_shard
 from retrieval.pair_formats.tars import HEAD, holds_tars, is_tar
 from retrieval.pairs import Picture, PictureBytes, Record, Sentence, TarMember, read_pairs, read_sentences
@@ -34,8 +35,6 @@ from retrieval.pairs import Picture, PictureBytes, Record, Sentence, TarMember, 
 if TYPE_CHECKING:
     from retrieval.library import Library
 
-TARS, LIST, TEXTS = "tars", "list", "texts"
-OFFSET = "offset"  # column: where in its tar a picture begins, in bytes
 STORE_SUFFIX = ".diptych"
 
 _TAKEN = frozenset({*ROW_SCHEMA.names, "embedding", "captions", "labels", "split", OFFSET})

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import difflib
 import hashlib
 import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 import open_clip
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -28,17 +35,25 @@ from indexes.vectors import Vectors, as_vectors
 from retrieval.encoders import not_downloaded
 from retrieval.errors import DiptychError, MissingExtra, ModelError
 from retrieval.images import Preprocessing
-from retrieval.training.export import NormalisedTower, bound_tower
+from retrieval.sessions import RunPrecision, multiplies_in_bf16
+from retrieval.training.export import NormalisedTower, any_length_text, bound_tower
 from retrieval.training.tokenizer_json import identity
 
-_BATCH = 32
+# How many at a time. A processor's core gains nothing above 8, measured. A GPU's number keeps thousands of multipliers
+# at work, and is small beside its memory.
+_BATCH: Mapping[str, int] = {"cpu": 8, "mps": 32, "cuda": 256}
+_IN_FLIGHT = 2  # batches in each lane: one computes while the next is prepared and copied
 
 
 class TorchEncoder:
     """Pictures and sentences to unit vectors with an open_clip model.
 
-    Attributes beyond those of an Encoder: ``model`` and ``tokenizer`` are open_clip's own, ``architecture`` is the
-    model's configuration as open_clip writes it.
+    Attributes beyond those of an Encoder: ``model`` and ``tokenizer`` are open_clip's own, the model in the precision
+    and on the (first) device that it computes with; ``architecture`` is its configuration as open_clip writes it;
+    ``precision`` is the arithmetic's, "fp32" or "bf16"; ``batch_size`` is how many pictures keep all devices busy.
+
+    The fingerprint is that of the weights as they were given. The arithmetic is no part of it: cosines between vectors
+    of the same picture in bf16 and fp32 are about 0.999.
     """
 
     def __init__(
@@ -49,53 +64,168 @@ class TorchEncoder:
         *,
         name: str,
         architecture: Mapping[str, Any],
+        devices: Sequence[torch.device] = (torch.device("cpu"),),
         threads: int | None = None,
+        precision: RunPrecision = "auto",
     ) -> None:
-        self.model, self.tokenizer, self.architecture = model.eval(), tokenizer, architecture
+        """Take a model in fp32 on the CPU over: it is moved and cast in place, and copied for further devices."""
+        self.tokenizer, self.architecture = tokenizer, architecture
         self.name, self.preprocessing = name, preprocessing
         self.dim = int(architecture["embed_dim"])
         self.score_scale = float(model.logit_scale.exp())
         self.fingerprint = _fingerprint(model, tokenizer, preprocessing, architecture)
-        self._threads = threads or thread_count()
-        self._device = model.logit_scale.device
-        self._image_tower = NormalisedTower(bound_tower(model, "encode_image"), preprocessing).to(self._device)
+        bf16 = precision == "bf16" or (precision == "auto" and all(map(_computes_bf16, devices)))
+        self.precision = "bf16" if bf16 else "fp32"
+        models = [model.eval(), *(copy.deepcopy(model) for _ in devices[1:])]
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        lanes = threads or thread_count()
+        self._replicas = [_Replica(*pair, preprocessing, dtype, lanes) for pair in zip(models, devices, strict=True)]
+        self.model = self._replicas[0].model
+        self._padding = int(tokenizer([""])[0, -1]) if any_length_text(model) else None
+        self.batch_size = sum(replica.lanes * replica.batch for replica in self._replicas)
 
     def encode_images(self, images: Sequence[Image.Image]) -> Vectors:
         """Pictures of any size and mode -> (N, D) unit rows."""
-        with self._inference():
-            batches = [
-                self._image_tower(torch.from_numpy(self.preprocessing.pixels(images[i : i + _BATCH])).to(self._device))
-                for i in range(0, len(images), _BATCH)
-            ]
-            return self._gather(batches)
+        return self._encode(
+            images,
+            lambda part: torch.from_numpy(self.preprocessing.pixels(part)),
+            lambda replica: replica.image_tower,
+        )
 
     def encode_texts(self, texts: Sequence[str]) -> Vectors:
         """Sentences -> (N, D) unit rows. What is longer than the context length is cut off."""
-        with self._inference():
-            batches = [
-                self.model.encode_text(self.tokenizer(list(texts[i : i + _BATCH])).to(self._device))
-                for i in range(0, len(texts), _BATCH)
-            ]
-            return self._gather(batches)
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths together: little padding
+        rows = self._encode([texts[i] for i in order], self._tokens, lambda replica: replica.encode_text)
+        unsorted = np.empty_like(rows)
+        unsorted[order] = rows
+        return unsorted
 
-    def _gather(self, batches: list[Tensor]) -> Vectors:
-        if not batches:
-            return torch.empty((0, self.dim)).numpy()
-        return as_vectors(torch.cat(batches).float().cpu().numpy())
+    def _tokens(self, texts: Sequence[str]) -> Tensor:
+        """Sentences -> ids (B, L), without the columns of mere padding where the tower does not need them."""
+        ids: Tensor = self.tokenizer(list(texts))
+        if self._padding is None:
+            return ids
+        used = (ids != self._padding).any(0).nonzero()
+        return (
+            ids[:, : int(used.max()) + 2] if len(used) else ids
+        )  # one more: some models end a text with their padding
+
+    def _encode(
+        self, items: Sequence[Any], prepare: Callable[[Sequence[Any]], Tensor], tower: Callable[[_Replica], _Tower]
+    ) -> Vectors:
+        """Batches to the devices in turn, results back in order: what is prepared next never waits for a device."""
+        waiting: deque[Callable[[], Tensor]] = deque()
+        rows: list[Tensor] = []
+        lanes = sum(replica.lanes for replica in self._replicas)
+        # Few items are shared out as well, but not one by one: a batch of two takes hardly longer than one of one.
+        step = min(min(replica.batch for replica in self._replicas), max(2, -(-len(items) // lanes)))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            for replica in self._replicas:
+                stack.enter_context(replica.working(len(items) > step))
+            for start, replica in zip(range(0, len(items), step), cycle(self._replicas)):
+                waiting.append(replica.start(tower(replica), prepare(items[start : start + step])))
+                if len(waiting) == _IN_FLIGHT * lanes:
+                    rows.append(waiting.popleft()())
+            rows += [result() for result in waiting]
+        return as_vectors(torch.cat(rows).numpy()) if rows else torch.empty((0, self.dim)).numpy()
+
+
+_Tower = Callable[[Tensor], Tensor]
+
+
+class _Replica:
+    """The model on one device, and the way there and back.
+
+    A processor computes several batches side by side, in ``lanes``, each on one thread: threads that share one batch
+    wait for each other at every layer, and the more so the more else there is to do. Measured on two cores, ViT-B-32 in
+    bf16 beside other work: 24 ms of processor time a picture and not 34, 1.4 times the pictures a second.
+    """
+
+    def __init__(
+        self, model: Any, device: torch.device, preprocessing: Preprocessing, dtype: torch.dtype, lanes: int
+    ) -> None:
+        self.model, self.device = model.to(device, dtype), device
+        self.batch, self.lanes = _BATCH.get(device.type, 32), lanes if device.type == "cpu" else 1
+        if device.type == "cuda":  # pixels come as (B, H, W, C), which its convolutions want; on CPUs nothing is gained
+            model.to(memory_format=torch.channels_last)
+        tower = bound_tower(model, lambda pixels: model.encode_image(pixels.to(dtype)))
+        self.image_tower = NormalisedTower(tower, preprocessing).to(device)
+        self.encode_text: _Tower = any_length_text(model) or model.encode_text
+        self._copying: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._pool: ThreadPoolExecutor | None = None
 
     @contextmanager
-    def _inference(self) -> Iterator[None]:
-        before = torch.get_num_threads()  # of the whole process: left as it was
-        torch.set_num_threads(self._threads)
+    def working(self, several: bool) -> Iterator[None]:
+        """Open the lanes, if there are several batches; torch's number of threads is the process's, and put back."""
+        if self.device.type != "cpu":
+            yield
+            return
+        before = torch.get_num_threads()
+        side_by_side = several and self.lanes > 1
+        torch.set_num_threads(1 if side_by_side else self.lanes)
         try:
-            with torch.inference_mode():
+            if not side_by_side:
+                yield
+                return
+            with ThreadPoolExecutor(self.lanes, "encode", initializer=partial(torch.set_num_threads, 1)) as self._pool:
                 yield
         finally:
+            self._pool = None
             torch.set_num_threads(before)
 
+    def start(self, tower: _Tower, batch: Tensor) -> Callable[[], Tensor]:
+        """Begin to compute tower(batch); what is returned waits for the result, (B, D) float32 on the CPU."""
+        if self._pool is not None:
+            return self._pool.submit(self._compute, tower, batch).result
+        if self._copying is None:
+            rows = self._compute(tower, batch)
+            return lambda: rows
+        with torch.cuda.device(self.device):
+            computing = torch.cuda.current_stream()
+            with torch.cuda.stream(self._copying):  # goes on while the batch before is computed
+                there = batch.pin_memory().to(self.device, non_blocking=True)
+            computing.wait_stream(self._copying)
+            there.record_stream(computing)
+            back = tower(there).float().to("cpu", non_blocking=True)
+            done = computing.record_event()
 
-def load(spec: str, *, device: str = "cpu", threads: int | None = None, preprocess: str | None = None) -> TorchEncoder:
+        def result() -> Tensor:
+            done.synchronize()
+            return back
+
+        return result
+
+    def _compute(self, tower: _Tower, batch: Tensor) -> Tensor:
+        with torch.inference_mode():  # which counts for one thread only
+            return tower(batch.to(self.device)).float().cpu()
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    """Whether bf16 is faster than fp32 there. On CPUs, measured: 3.6 times on ViT-B-32 with avx512_bf16."""
+    if device.type == "cuda":
+        return bool(torch.cuda.get_device_capability(device) >= (8, 0))  # Ampere; before, it is emulated
+    return device.type == "cpu" and multiplies_in_bf16()
+
+
+def load(
+    spec: str,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    preprocess: str | None = None,
+    precision: RunPrecision = "auto",
+) -> TorchEncoder:
     """Load an open_clip model; the arguments are those of :func:`retrieval.encoders.load_encoder`.
+
+    Args:
+        spec: which model.
+        device: one, or several with commas between them (``cuda:0,cuda:1``), which share the batches; ``auto`` is a
+            GPU where there is one.
+        threads: of the model on the CPU.
+        preprocess: for a bare checkpoint.
+        precision: of the arithmetic, and of ``model``: fp32 for whoever goes on with its weights. ``auto`` is bf16
+            where all devices are fast at it.
 
     Raises:
         ModelError: no such architecture or weights, no connection, weights of another architecture, pickled objects.
@@ -104,8 +234,8 @@ def load(spec: str, *, device: str = "cpu", threads: int | None = None, preproce
     name, weights = _parse(spec, preprocess)
     try:
         with _quiet(), _weights_only():
-            where = _device(device)
-            model, architecture = _create(name, weights, where)
+            devices = [_device(one.strip()) for one in device.split(",")]
+            model, architecture = _create(name, weights)
             tokenizer = open_clip.get_tokenizer(name)
             return TorchEncoder(
                 model,
@@ -113,7 +243,9 @@ def load(spec: str, *, device: str = "cpu", threads: int | None = None, preproce
                 _preprocessing(model, name, preprocess),
                 name=spec,
                 architecture=architecture,
+                devices=devices,
                 threads=threads,
+                precision=precision,
             )
     except DiptychError:
         raise
@@ -184,7 +316,7 @@ def _device(name: str) -> torch.device:
         raise ModelError(f"the device {name!r} cannot be used here: {_reason(error)}. Try --device cpu") from error
 
 
-def _create(name: str, weights: str | None, device: torch.device) -> tuple[Any, dict[str, Any]]:
+def _create(name: str, weights: str | None) -> tuple[Any, dict[str, Any]]:
     if name.startswith("hf-hub:"):  # open_clip goes on without weights that it cannot fetch
         download_pretrained_from_hf(name.removeprefix("hf-hub:"))
     architecture: dict[str, Any] = open_clip.get_model_config(name)
@@ -195,7 +327,6 @@ def _create(name: str, weights: str | None, device: torch.device) -> tuple[Any, 
     model = open_clip.create_model(
         name,
         pretrained=weights,
-        device=device,
         require_pretrained=True,
         pretrained_text=False,
         force_quick_gelu=quick_gelu,

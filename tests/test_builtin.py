@@ -61,7 +61,7 @@ def test_the_bundle_is_whole_small_and_says_how_it_was_made():
     recipe = bundle.training["command"].split()[3]
     assert bundle.training["command"].startswith(f"diptych train --config {recipe} --data DATA")
     text = (ROOT / "retrieval" / "training" / "recipes" / recipe).read_text("utf-8")
-    assert f'name = "{bundle.name}"\n' in text
+    assert f'name = "{bundle.training["int8"]["made_from"]["name"]}"\n' in text
     assert {"settings", "data", "software", "scores"} <= set(bundle.training)
     assert all(len(data["checksum"]) == 64 for data in bundle.training["data"])
     assert bundle.licence

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from retrieval.embedding import EmbeddingCache, Progress, encode_pictures, encode_sentences
+from retrieval.embedding import EmbeddingCache, Progress, cache_name, encode_pictures, encode_sentences
 from retrieval.encoders import Encoder
 from retrieval.errors import DataError
 from retrieval.evaluation import dataset_name, labelled, prompts_of
@@ -169,7 +169,7 @@ class Data:
         """The same pairs with the teacher's vectors, which come from the cache where they are known."""
         if self.teacher is None:
             return pairs
-        cache = EmbeddingCache(self.teacher.fingerprint, self.teacher.dim)
+        cache = EmbeddingCache(cache_name(self.teacher), self.teacher.dim)
         images = [record.image for record in records]
         spoken = [text for record in records for text in record.texts]
         pictures = encode_pictures(self.teacher, images, cache=cache, progress=self.progress)

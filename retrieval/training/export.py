@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from retrieval import quantisation
 from retrieval.bundle import IMAGE_FILE, TEXT_FILE, TOKENIZER_FILE, Bundle
 from retrieval.encoders import Precision
 from retrieval.errors import MissingExtra, ModelError
@@ -30,7 +31,6 @@ from retrieval.onnx_encoder import OnnxEncoder
 if TYPE_CHECKING:
     from retrieval.torch_encoder import TorchEncoder
 
-_SMALL = 2048  # tensors of fewer numbers (norms, biases) stay fp32: they weigh nothing and are the most sensitive
 _OPSET = 18
 _MOST_BYTES = 2_000_000_000  # of fp32 weights in a tower: the exporter cannot write a file of more than 2 GiB
 # Rows of unit length, element by element; measured on randomly initialised towers: under 1e-6 and 2e-4.
@@ -126,7 +126,7 @@ def _export(
     model = onnx.load(str(path))
     del model.graph.input[1:]  # the weights
     if precision == "fp16":
-        _store_as_fp16(model.graph)
+        quantisation.store_as_fp16(model)
     onnx.save(model, str(path))
 
 
@@ -148,38 +148,9 @@ def _exportable_attention(module: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _store_as_fp16(graph: Any) -> None:
-    """Keep large weights as float16 and cast them back as the graph starts; ONNX Runtime folds the casts once."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    casts = []
-    for index, tensor in enumerate(graph.initializer):
-        values = numpy_helper.to_array(tensor)
-        if tensor.data_type != TensorProto.FLOAT or values.size < _SMALL:
-            continue
-        name, stored = tensor.name, tensor.name + ".fp16"
-        graph.initializer[index].CopyFrom(numpy_helper.from_array(values.astype("float16"), stored))
-        casts.append(helper.make_node("Cast", [stored], [name], to=TensorProto.FLOAT))
-    for position, node in enumerate(casts):
-        graph.node.insert(position, node)
-
-
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the weights of one exported tower under its own parameter names, in float32. ModelError when damaged."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise MissingExtra("training a model further", "'diptych[torch]'") from error
-    try:
-        graph = onnx.load(str(path)).graph
-    except Exception as error:  # protobuf's share no public base class with onnx's
-        raise ModelError(f"{path} cannot be read as an ONNX graph: the file is damaged or not a model") from error
-    weights = {}
-    for tensor in graph.initializer:
-        name = tensor.name.removesuffix(".fp16")
-        if name.startswith("tower."):
-            weights[name.removeprefix("tower.")] = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()).float()
-    return weights
+    return {name: torch.from_numpy(value.copy()) for name, value in quantisation.read_weights(path).items()}
 
 
 def bound_tower(model: nn.Module, function: str | Callable[[Tensor], Tensor]) -> nn.Module:
@@ -200,6 +171,10 @@ def export_open_clip(encoder: TorchEncoder, folder: Path, precision: Precision =
 
     if folder.exists():
         raise ModelError(f"{folder} exists already: choose another name or remove it first")
+    if encoder.precision != "fp32":
+        raise ModelError(
+            f"{encoder.name} was loaded in {encoder.precision}: load it with precision='fp32' to export it"
+        )
     model = encoder.model
     if next(model.parameters()).device.type != "cpu":
         model = copy.deepcopy(model).cpu()
@@ -285,7 +260,7 @@ def _encode_causal(text: Any, pooled: str, ids: Tensor) -> Tensor:
 
 def _check_vectors(bundle: Bundle, encoder: TorchEncoder, tolerance: float) -> None:
     """Refuse a bundle whose vectors are not the model's."""
-    onnx = OnnxEncoder(bundle)
+    onnx = OnnxEncoder(bundle, precision="fp32")
     noise = np.random.default_rng(0).integers(0, 256, (2, 96, 128, 3), np.uint8)
     images = [Image.fromarray(pixels) for pixels in noise]
     texts = ["a photo of a cat", "Two dogs play in the snow, and a third one looks on from behind a fence."]

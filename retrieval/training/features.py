@@ -23,6 +23,7 @@ from retrieval.embedding import (
     Progress,
     UnreadablePictures,
     View,
+    cache_name,
     encode_pictures,
     encode_sentences,
 )
@@ -89,14 +90,14 @@ def image_features(
     Crops are drawn from the picture's name and the view's number, so that a run can be repeated.
     """
     pictures = [record.image for record in records]
-    cache = EmbeddingCache(encoder.fingerprint, encoder.dim)
+    cache = EmbeddingCache(cache_name(encoder), encoder.dim)
     drawn = None if view == "clean" else _view(view, encoder.preprocessing)  # clean: what is kept for everyone
     return encode_pictures(encoder, pictures, cache=cache, progress=progress, view=drawn).astype(np.float16)
 
 
 def text_features(encoder: Encoder, texts: Sequence[str]) -> Features:
     """(M, G) float16 unit rows of sentences; towers without projections make them of another width than pictures."""
-    return encode_sentences(encoder, texts, cache=EmbeddingCache(encoder.fingerprint)).astype(np.float16)
+    return encode_sentences(encoder, texts, cache=EmbeddingCache(cache_name(encoder))).astype(np.float16)
 
 
 def _view(view: str, preprocessing: Preprocessing) -> View:

@@ -54,7 +54,7 @@ def start_model(config: TrainConfig, note: Note | None = None) -> StartModel:
     if config.model:
         folder = find_bundle(config.model)
         if folder is None:
-            encoder = torch_encoder.load(config.model)
+            encoder = torch_encoder.load(config.model, precision="fp32")
             return _open_clip(encoder.model, encoder.architecture, encoder.tokenizer, config, encoder.preprocessing)
         return start_from_bundle(config.model, config)
     tokenizer, text = _lstm(config, note) if config.text_tower == "lstm" else _minilm(config)
@@ -216,4 +216,5 @@ def frozen_encoder(start: StartModel, folder: Path) -> OnnxEncoder:
         any_length=True,
     )
     features = start.model.image.trunk.features
-    return OnnxEncoder(Bundle(folder, "frozen towers", features, start.preprocessing, start.context_length, 1.0).save())
+    bundle = Bundle(folder, "frozen towers", features, start.preprocessing, start.context_length, 1.0).save()
+    return OnnxEncoder(bundle, precision="fp32")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli.main import run as run_command
+from cli.main import main as run_command
 from indexes.store import Store
 from retrieval.bundle import Bundle
 from retrieval.encoders import find_bundle

@@ -292,7 +292,7 @@ def test_search_and_help_import_neither_torch_nor_open_clip(indexed):
         code = (
             f"import sys, atexit; sys.argv = ['diptych', *{arguments!r}]\n"
             "atexit.register(lambda: print('LOADED', sorted({m.split('.')[0] for m in sys.modules})))\n"
-            "from cli.main import run; run()"
+            "from cli.main import main; main()"
         )
         run = subprocess.run([sys.executable, "-c", code], cwd=indexed, capture_output=True, text=True)
         loaded = run.stdout.split("LOADED")[1]
@@ -324,3 +324,18 @@ def test_interrupt_keeps_what_is_finished(tmp_path):
     report = result(diptych("index", folder, "--json"))
     assert report["skipped"] > 0
     assert report["skipped"] + report["added"] == 300
+
+
+def test_a_misspelt_command_is_told_which_was_meant():
+    run = diptych("serach", "a cat")
+    assert (run.returncode, "Did you mean 'search'?" in run.stderr) == (2, True)
+
+
+def test_a_search_that_ends_at_once_has_said_everything_and_says_how_it_went(indexed, tmp_path):
+    found = diptych("search", "a cat", "-f", "-n", "-t", "20", cwd=indexed)
+    assert (found.returncode, len(found.stdout.splitlines())) == (0, 20)
+    assert diptych("search", "a cat", cwd=tmp_path).returncode == 1
+    assert diptych("search", "--nope", cwd=indexed).returncode == 2
+    with Path("/dev/full").open("w") as full:
+        run = diptych("search", "a cat", "-n", cwd=indexed, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert (run.returncode, "No space left on device" in run.stderr) == (1, True)

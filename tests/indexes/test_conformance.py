@@ -29,6 +29,8 @@ KINDS = [
     "IVF8,RaBitQfs",
     "IVF8,PQ16x4fs",
     "PCA16,SQ8",
+    "PCAR16,PQ8x4fs",
+    "PCAR16,IVF8,PQ8x4fs",
     "PQ16x4fs,RFlat",
     "RaBitQfs,Refine(SQfp16)",
 ]
@@ -162,11 +164,13 @@ def cases(n):
 
 def test_kinds_by_size_and_memory():
     assert choice.kinds(5_000, 512, Wanted()) == []
-    assert choice.kinds(100_000, 512, Wanted()) == ["RaBitQfs", "SQfp16"]
-    assert choice.kinds(1_000_000, 512, Wanted()) == ["IVF2048,RaBitQfs", "RaBitQfs", "SQfp16"]
-    assert choice.kinds(1_000_000, 512, Wanted(memory=1 << 30)) == ["IVF2048,RaBitQfs", "RaBitQfs", "SQfp16"]
-    assert choice.kinds(1_000_000, 512, Wanted(memory=100 << 20)) == ["IVF2048,RaBitQfs", "RaBitQfs"]
-    assert choice.kinds(1_000_000, 512, Wanted(memory=50 << 20)) == ["PQ64x4fs", "PQ32x4fs"]
+    codes = ["PCAR256,PQ128x4fs", "RaBitQfs"]
+    assert choice.kinds(100_000, 512, Wanted()) == [*codes, "SQfp16"]
+    lists = ["PCAR256,IVF4096,PQ128x4fs", "PCAR256,PQ128x4fs", "IVF4096,RaBitQfs", "RaBitQfs"]
+    assert choice.kinds(1_000_000, 512, Wanted()) == [*lists, "SQfp16"]
+    assert choice.kinds(1_000_000, 512, Wanted(memory=1 << 30)) == [*lists, "SQfp16"]
+    assert choice.kinds(1_000_000, 512, Wanted(memory=100 << 20)) == lists
+    assert choice.kinds(1_000_000, 512, Wanted(memory=50 << 20)) == ["PCAR256,PQ64x4fs", "PCAR256,PQ32x4fs"]
     assert choice.kinds(1_000_000, 512, Wanted(memory=1 << 20)) == []
     assert choice.kinds(100_000, 7, Wanted()) == ["RaBitQfs", "SQfp16"]
 
@@ -181,7 +185,7 @@ def test_a_store_that_grows_chooses_for_itself(store, monkeypatch):
     store.rebuild_index(probes={"text": queries})
     assert not store.index_is_stale()
     ann = Store.open(store.path).ann
-    assert (ann.factory, ann.rows, ann.measured.queries) == ("RaBitQfs", 1300, {"text": 60, "image": 300})
+    assert (ann.factory, ann.rows, ann.measured.queries) == ("PCAR16,PQ8x4fs", 1300, {"text": 60, "image": 300})
     assert ann.measured.bytes == (store.path / "vectors.faiss").stat().st_size < 1300 * 2 * DIM
     # The recall that is written down is the one a search has: counted here the slow way.
     best = brute(store.vectors(), queries, 10)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from indexes import filters
 from indexes.errors import FilterError
 from indexes.segments import ROW_SCHEMA, Row, encode_rows
-from indexes.store import Store
+from indexes.store import ModelRef, Store
 from tests.indexes.test_store import MODEL, fill, row, unit
 from tests.indexes.test_vectors import brute
 
@@ -661,9 +661,9 @@ def test_columns_and_rows_taken_are_those_of_the_table(store):
     positions = np.array([50, 3, 3, len(store) - 1])
     for some in (positions, positions[:1], np.arange(len(store)), positions[:0]):
         expected = table.select(["caption", "id"]).take(some)
-        assert Store.open(store.path).snapshot.take(some, "caption", "id").equals(expected)
-        assert fresh.take(some, "caption", "id").equals(expected)
-        assert store.snapshot.take(some, "caption", "id").equals(expected)
+        assert Store.open(store.path).snapshot.records(some, "caption", "id") == expected.to_pylist()
+        assert fresh.records(some, "caption", "id") == expected.to_pylist()
+        assert store.snapshot.records(some, "caption", "id") == expected.to_pylist()
 
 
 def test_few_rows_are_taken_from_their_row_groups(tmp_path, monkeypatch):
@@ -673,7 +673,8 @@ def test_few_rows_are_taken_from_their_row_groups(tmp_path, monkeypatch):
     with store.write() as writer:
         writer.remove(50)
     snapshot = Store.open(store.path).snapshot
-    assert snapshot.take(np.array([60, 2]), "path", "id").equals(store.rows().select(["path", "id"]).take([60, 2]))
+    expected = store.rows().select(["path", "id", "caption"]).take([60, 2]).to_pylist()
+    assert snapshot.records(np.array([60, 2]), "path", "id", "caption") == expected
     assert snapshot._columns == {}
 
 
@@ -706,3 +707,25 @@ def test_k_results_whenever_k_rows_qualify(store, factory, where):
         assert (hits.rows >= 0).sum(axis=1).tolist() == [min(k, len(qualify))] * 3
         if factory != "IVF1,Flat":
             assert np.array_equal(hits.rows, expected.rows)
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 5, 64, 65, 200])
+def test_single_rows_are_those_of_whole_columns(tmp_path, monkeypatch, wanted):
+    monkeypatch.setattr("indexes.segments._GROUP", 16)
+    store = Store.create(tmp_path / "store", None, ModelRef("m", "f", 4))
+    for part in range(3):  # segments of several row groups, and an extra column that one of them lacks
+        with store.write() as writer:
+            for i in range(80):
+                columns = {"place": f"{part} {i}"} if part != 1 and i % 3 else {}
+                row = Row(path=f"{part}/{i}.jpg", size=i, mtime_ns=1, hash="x", width=i or None, columns=columns)
+                writer.add(row, np.eye(4, dtype=np.float32)[i % 4])
+    with store.write() as writer:
+        for i in (0, 17, 80, 81, 239):
+            writer.remove(i)
+    positions = np.random.default_rng(wanted).integers(0, len(store), wanted)
+    names = ("path", "id", "width", "place")
+    expected = [store.rows().select(names).to_pylist()[position] for position in positions]
+    fresh = Store.open(store.path).snapshot
+    assert fresh.records(positions, *names) == expected
+    fresh.columns(*names)  # held from here on
+    assert fresh.records(positions, *names) == expected

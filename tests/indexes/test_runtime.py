@@ -28,6 +28,25 @@ def test_otherwise_the_cpus_of_this_process(monkeypatch, nonsense):
     assert runtime.thread_count() == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx512_bf16\nbugs\t: x\n\nflags\t\t: none\n", {"fpu", "avx512_bf16"}),
+        ("processor : 0\nFeatures : fp asimd bf16\n", {"fp", "asimd", "bf16"}),
+        ("vendor: unknown\n", set()),
+    ],
+)  # fmt: skip
+def test_the_flags_of_the_processor(tmp_path, monkeypatch, text, flags):
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(runtime, "_CPUINFO", tmp_path / "cpuinfo")
+    runtime.processor_flags.cache_clear()
+    assert runtime.processor_flags() == flags
+    monkeypatch.setattr(runtime, "_CPUINFO", tmp_path / "none")  # not Linux
+    runtime.processor_flags.cache_clear()
+    assert runtime.processor_flags() == set()
+    runtime.processor_flags.cache_clear()
+
+
 def test_one_thread_beside_torch_on_macos(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -44,3 +63,12 @@ def test_small_batches_reach_blas():
 def test_faiss_is_imported_only_when_needed():
     code = "import sys, indexes.store; sys.exit('faiss' in sys.modules or 'pyarrow.parquet' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_blas_sleeps_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT", raising=False)
+    runtime.let_blas_sleep()
+    assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == "10"
+    monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", "26")
+    runtime.let_blas_sleep()
+    assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == "26"

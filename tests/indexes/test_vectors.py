@@ -308,3 +308,13 @@ def test_mistakes_of_a_program_are_refused(search):
             search(vectors, vectors, 1, wrong)
     with pytest.raises(VectorError, match="width 16"):
         VectorIndex.build(vectors).search(unit(1, dim=8), 1)
+
+
+def test_principal_axes_keep_products_and_not_those_about_the_mean():
+    random = np.random.default_rng(0)
+    mean = random.standard_normal(16)
+    rows = as_vectors(mean + random.standard_normal((900, 16)) * random.uniform(0.1, 2, (900, 1)))
+    queries = as_vectors(random.standard_normal((20, 16)))
+    found, best = VectorIndex.build(rows, "PCAR16,Flat").search(queries, 10), brute(rows, queries, 10)
+    assert (found.rows == best.rows).mean() > 0.99  # but for rounding
+    np.testing.assert_allclose(found.scores, best.scores, atol=1e-5)

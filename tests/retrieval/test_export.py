@@ -8,8 +8,9 @@ from PIL import ImageOps
 from torch import nn
 
 from indexes.vectors import as_vectors
+from retrieval import quantisation, torch_encoder
 from retrieval.bundle import FILES, Bundle
-from retrieval.encoders import load_encoder
+from retrieval.encoders import export_bundle, load_encoder
 from retrieval.errors import ModelError
 from retrieval.images import Preprocessing
 from retrieval.training import export
@@ -45,7 +46,7 @@ def assert_equal_encoders(ours, theirs, images, texts):
 @pytest.mark.parametrize("name", ["MobileCLIP2-S0", "RN50", pytest.param("ViT-B-32", marks=pytest.mark.slow)])
 def test_a_model_of_open_clip_and_its_bundle_give_the_same_vectors(tmp_path, name):
     folder = save_model(tmp_path / name, open_clip.get_model_config(name))
-    theirs = load_encoder(f"local-dir:{folder}")
+    theirs = torch_encoder.load(f"local-dir:{folder}", precision="fp32")
     export_open_clip(theirs, tmp_path / "bundle")
     assert_equal_encoders(load_encoder(str(tmp_path / "bundle")), theirs, photos(), CAPTIONS)
 
@@ -63,7 +64,9 @@ def exported(request, tmp_path_factory):
     else:
         config, tokenizer = TINY[request.param], None
     preprocess = {"resize_mode": "squash", "mean": [0.1, 0.4, 0.6], "std": [0.5, 0.2, 0.3]}
-    encoder = load_encoder(f"local-dir:{save_model(place / 'model', config, preprocess, tokenizer)}")
+    encoder = torch_encoder.load(
+        f"local-dir:{save_model(place / 'model', config, preprocess, tokenizer)}", precision="fp32"
+    )
     return encoder, export_open_clip(encoder, place / "bundle")
 
 
@@ -109,7 +112,7 @@ def test_fp16_keeps_rounded_weights_and_nearly_the_vectors(exported, tmp_path):
         read = read_weights(half.path / tower)
         assert read.keys() == full.keys()
         for name, value in full.items():
-            expected = value if value.numel() < export._SMALL else value.half().float()
+            expected = value if value.numel() < quantisation.SMALL else value.half().float()
             torch.testing.assert_close(read[name], expected, rtol=0, atol=0)
     images, ours = photos(), load_encoder(str(half.path))
     for a, b in (
@@ -150,7 +153,8 @@ class Branching(nn.Module):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    return load_encoder(f"local-dir:{save_model(tmp_path_factory.mktemp('causal') / 'model', TINY['causal'])}")
+    folder = save_model(tmp_path_factory.mktemp("causal") / "model", TINY["causal"])
+    return torch_encoder.load(f"local-dir:{folder}", precision="fp32")
 
 
 def test_a_bundle_with_other_vectors_is_not_written(encoder, tmp_path, monkeypatch):
@@ -217,5 +221,14 @@ def test_weights_of_equal_values_keep_their_names(tmp_path, precision):
         expected = {key: value.clone() for key, value in tower.named_parameters()}  # a tied weight once
         assert read.keys() == expected.keys()
         for key, value in expected.items():
-            stored = value.half().float() if precision == "fp16" and value.numel() >= export._SMALL else value
+            stored = value.half().float() if precision == "fp16" and value.numel() >= quantisation.SMALL else value
             torch.testing.assert_close(read[key], stored, rtol=0, atol=0)
+
+
+def test_weights_that_were_rounded_to_bf16_are_not_written(tmp_path):
+    folder = save_model(tmp_path / "model", TINY["causal"])
+    rounded = torch_encoder.load(f"local-dir:{folder}", precision="bf16")
+    with pytest.raises(ModelError, match="was loaded in bf16: load it with precision='fp32'"):
+        export_open_clip(rounded, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+    export_bundle(f"local-dir:{folder}", tmp_path / "bundle")  # does so itself, on any processor

@@ -115,8 +115,8 @@ def test_auto_is_what_a_store_would_choose(monkeypatch):
     assert auto == replace(exact, asked="auto")
     assert auto.name == "auto: exact"
     monkeypatch.setattr(choice, "_EXACT_ROWS", 800)
-    _, auto, forced = evaluate_indexes(["auto", "RaBitQfs"], direction, probes)
-    assert (auto.asked, auto.kind, auto.name) == ("auto", "RaBitQfs", "auto: RaBitQfs")
+    _, auto, forced = evaluate_indexes(["auto", "PCAR8,PQ4x4fs"], direction, probes)
+    assert (auto.asked, auto.kind, auto.name) == ("auto", "PCAR8,PQ4x4fs", "auto: PCAR8,PQ4x4fs")
     assert (auto.metrics, auto.recall, auto.tuned, auto.refine) == (
         forced.metrics, forced.recall, forced.tuned, forced.refine,
     )  # fmt: skip

@@ -168,8 +168,7 @@ def test_a_vector_finds_what_its_sentence_finds(library):
             library.search(wrong)
 
 
-def test_a_search_reads_no_more_of_the_rows_than_it_needs(dated, monkeypatch):
-    monkeypatch.setattr("indexes.snapshot._FEW", 1)  # of some thousands of rows, those found; here all are in one group
+def test_a_search_reads_no_more_of_the_rows_than_it_needs(dated):
     fresh = Library.open(dated.root, encoder=ColourEncoder())
     fresh.search("red", where="width > 20")
     assert not {"rows", "paths"} & set(fresh.store.snapshot.__dict__)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retrieval import encoders
+from retrieval import encoders, torch_encoder
 from retrieval.encoders import load_encoder
 from retrieval.errors import ModelError
 from retrieval.onnx_encoder import OnnxEncoder
@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bundle(model):
-    return export_open_clip(load_encoder(f"local-dir:{model}"), model.parent / "bundle").path
+    return export_open_clip(torch_encoder.load(f"local-dir:{model}", precision="fp32"), model.parent / "bundle").path
 
 
 def in_hub_cache(home, repository, folder):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retrieval import onnx_encoder
+from retrieval import sessions
 from retrieval.bundle import Bundle
 from retrieval.encoders import find_bundle
 from retrieval.errors import ModelError
@@ -78,8 +78,8 @@ def test_one_at_a_time_equals_a_batch(encoder, pictures):
 def test_order_is_kept_across_batches(encoder, pictures, monkeypatch):
     texts, images = encoder.encode_texts(SENTENCES), encoder.encode_images(pictures)
     for image_batch, text_batch in ((4, 5), (7, 3)):  # the last batch is whole, or not
-        monkeypatch.setattr(onnx_encoder, "_IMAGE_BATCH", image_batch)
-        monkeypatch.setattr(onnx_encoder, "_TEXT_BATCH", text_batch)
+        monkeypatch.setattr(sessions, "IMAGE_BATCH", image_batch)
+        monkeypatch.setattr(sessions, "TEXT_BATCH", text_batch)
         np.testing.assert_allclose(encoder.encode_images(pictures), images, atol=1e-5)
         np.testing.assert_allclose(encoder.encode_texts(SENTENCES[::-1])[::-1], texts, atol=1e-5)
 
@@ -158,6 +158,19 @@ def test_a_graph_of_another_kind_is_one_plain_line(copy, bundle):
     assert f"the model in {copy} cannot be run" in complaint(copy)
 
 
-def test_threads_change_no_vector(bundle, pictures):
-    one, two = (OnnxEncoder(bundle, threads=threads).encode_images(pictures[:3]) for threads in (1, 2))
-    np.testing.assert_allclose(one, two, atol=1e-5)
+@pytest.mark.parametrize("count", [1, 2, 3, 20])
+def test_threads_change_no_vector_and_no_order(bundle, pictures, count):
+    shown = (pictures * 20)[:count]
+    one, two = (OnnxEncoder(bundle, threads=threads) for threads in (1, 2))
+    assert two.batch_size == 2 * one.batch_size
+    slow = np.concatenate([one.encode_images([picture]) for picture in shown])
+    np.testing.assert_allclose(one.encode_images(shown), slow, atol=1e-5)
+    np.testing.assert_allclose(two.encode_images(shown), slow, atol=1e-5)
+
+
+def test_threads_share_one_session(bundle, pictures, monkeypatch):
+    opened = []
+    monkeypatch.setattr("retrieval.onnx_encoder.open_image_session", lambda *how: opened.append(how) or real(*how))
+    real = sessions.open_image_session
+    OnnxEncoder(bundle, threads=2).encode_images((pictures * 6)[:6])
+    assert len(opened) == 1

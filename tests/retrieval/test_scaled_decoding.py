@@ -1,7 +1,5 @@
 """From a file to a model's input by the quick way, against the slow one: decoded in full, and then fitted by Pillow."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,7 +9,7 @@ from retrieval.encoders import load_encoder
 from retrieval.errors import ImageError
 from retrieval.images import Preprocessing, read_photo
 from retrieval.library import Library, Term
-from retrieval.preprocessing import _this_thread
+from retrieval.preprocessing import _resizer
 from tests.fakes import ColourEncoder
 from tests.odd_photos import encode, exif, make_odd_folder, real_photos
 
@@ -23,8 +21,8 @@ MODES = [("squash", (260, 260)), ("shortest", (224, 224)), ("shortest", (96, 160
 def resizer(request, monkeypatch):
     """Both ways to resize: there is no wheel of the quick one for every platform."""
     if request.param == "Pillow":
-        monkeypatch.setattr("retrieval.preprocessing._this_thread", SimpleNamespace(resizer=None))
-    elif _this_thread.resizer is None:
+        monkeypatch.setattr("retrieval.preprocessing._resizer", lambda: None)
+    elif _resizer() is None:
         pytest.skip("cykooz-resizer is not installed")
     return request.param
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from retrieval import torch_encoder
+from retrieval import sessions, torch_encoder
 from retrieval.encoders import load_encoder
 from retrieval.errors import MissingExtra, ModelError
 from retrieval.images import Preprocessing
@@ -65,11 +65,132 @@ def by_hand(folder, images, texts):
 def test_vectors_are_open_clips(tmp_path, kind, preprocess):
     images, texts = photos(), TEXTS * 9  # more than a batch
     folder = save_model(tmp_path / kind, TINY[kind], preprocess)
-    encoder = load_encoder(f"local-dir:{folder}")
+    encoder = torch_encoder.load(f"local-dir:{folder}", precision="fp32")
     theirs = by_hand(folder, images, texts)
     assert encoder.dim == 24
     np.testing.assert_allclose(encoder.encode_images(images), theirs[0], atol=1e-5)
     np.testing.assert_allclose(encoder.encode_texts(texts), theirs[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "lengths"), [("causal", [[4], [5]]), ("both-ways", [[77], [77]])])
+def test_a_text_is_as_long_as_it_is_where_the_tower_allows_it(tmp_path, monkeypatch, kind, lengths):
+    encoder = torch_encoder.load(f"local-dir:{save_model(tmp_path / kind, TINY[kind])}", precision="fp32")
+    seen = []
+    (replica,) = encoder._replicas
+    start = replica.start
+    monkeypatch.setattr(replica, "start", lambda tower, ids: seen.append([ids.shape[1]]) or start(tower, ids))
+    encoder.encode_texts(["cat"])  # with its begin and end, and a column of padding
+    encoder.encode_texts(["a cat"])
+    assert seen == lengths
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_bf16_is_near_fp32_and_gives_float32_rows_of_unit_length(tmp_path, kind):
+    folder = save_model(tmp_path / kind, TINY[kind])
+    exact, fast = (torch_encoder.load(f"local-dir:{folder}", precision=precision) for precision in ("fp32", "bf16"))
+    assert (exact.precision, fast.precision) == ("fp32", "bf16")
+    assert {parameter.dtype for parameter in fast.model.parameters()} == {torch.bfloat16}
+    assert (fast.fingerprint, fast.score_scale) == (exact.fingerprint, exact.score_scale)  # of the weights as given
+    for theirs, ours in (
+        (exact.encode_images(photos()), fast.encode_images(photos())),
+        (exact.encode_texts(TEXTS), fast.encode_texts(TEXTS)),
+    ):
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-6)
+        assert (theirs * ours).sum(1).min() > 0.999
+        assert np.abs(theirs - ours).max() > 1e-5  # it is another arithmetic
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_a_picture_is_encoded_with_changes_its_last_bits_only(causal, precision):
+    encoder = torch_encoder.load(f"local-dir:{causal}", precision=precision)
+    pictures = photos() * 6  # more than a batch
+    alone = np.concatenate([encoder.encode_images([picture]) for picture in photos()])
+    together = encoder.encode_images(pictures)
+    np.testing.assert_allclose(together, np.tile(alone, (6, 1)), atol=1e-5 if precision == "fp32" else 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [
+        ({"avx2", "avx512f", "avx512_bf16"}, "bf16"),
+        ({"amx_bf16"}, "bf16"),
+        ({"avx2", "avx512f", "avx512_vnni"}, "fp32"),
+        (set(), "fp32"),
+    ],
+)
+def test_the_processor_chooses_the_precision_unless_it_is_given(causal, monkeypatch, flags, precision):
+    monkeypatch.setattr(sessions, "processor_flags", lambda: frozenset(flags))
+    assert torch_encoder.load(f"local-dir:{causal}").precision == precision
+    assert torch_encoder.load(f"local-dir:{causal}", precision="fp32").precision == "fp32"
+    assert torch_encoder.load(f"local-dir:{causal}", precision="bf16").precision == "bf16"
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 6, 100])  # up to more than is in flight at once
+@pytest.mark.parametrize(("device", "threads"), [("cpu, cpu", 1), ("cpu", 2), ("cpu,cpu", 3)])
+def test_devices_and_threads_share_the_batches_and_order_stays(causal, monkeypatch, device, threads, count):
+    """Two devices that are both the processor: the same shares, the same queues."""
+    one = torch_encoder.load(f"local-dir:{causal}", precision="fp32", threads=1)
+    two = torch_encoder.load(f"local-dir:{causal}", precision="fp32", device=device, threads=threads)
+    assert two.batch_size == threads * len(two._replicas) * one.batch_size
+    assert two.fingerprint == one.fingerprint
+    shares = []
+    for number, replica in enumerate(two._replicas):
+        start = replica.start
+
+        def counted(tower, batch, number=number, start=start):
+            shares.append((number, len(batch)))
+            return start(tower, batch)
+
+        monkeypatch.setattr(replica, "start", counted)
+    pictures, texts = (photos() * 17)[:count], [f"{number} cats" for number in range(count)]
+    np.testing.assert_allclose(two.encode_images(pictures), one.encode_images(pictures), atol=1e-5)
+    assert sum(size for _, size in shares) == count
+    assert {number for number, _ in shares} == set(range(min(-(-count // 2), len(two._replicas))))
+    np.testing.assert_allclose(two.encode_texts(texts), one.encode_texts(texts), atol=1e-5)
+
+
+def test_an_error_in_a_lane_is_raised_and_leaves_the_encoder_usable(causal):
+    encoder = torch_encoder.load(f"local-dir:{causal}", precision="fp32", threads=2)
+    expected, before = encoder.encode_images(photos()), torch.get_num_threads()
+    (replica,) = encoder._replicas
+    tower = replica.image_tower
+
+    def fail(pixels):
+        raise MemoryError
+
+    replica.image_tower = fail
+    with pytest.raises(MemoryError):
+        encoder.encode_images(photos())
+    replica.image_tower = tower
+    np.testing.assert_array_equal(encoder.encode_images(photos()), expected)
+    assert torch.get_num_threads() == before
+
+
+def test_results_are_fetched_only_when_enough_is_in_flight(causal, monkeypatch):
+    encoder = torch_encoder.load(f"local-dir:{causal}", precision="fp32", threads=1)
+    events = []
+    (replica,) = encoder._replicas
+    start = replica.start
+
+    def started(tower, batch):
+        number = sum(kind == "start" for kind, _ in events)
+        events.append(("start", number))
+        rows = start(tower, batch)()
+        return lambda: events.append(("fetch", number)) or rows
+
+    monkeypatch.setattr(replica, "start", started)
+    replica.batch = 2
+    encoder.encode_images(photos())
+    assert events == [("start", 0), ("start", 1), ("fetch", 0), ("start", 2), ("fetch", 1), ("fetch", 2)]
+
+
+def test_vectors_are_open_clips_with_a_foreign_tokenizer(tmp_path, causal):
+    text = {**TINY["causal"]["text_cfg"], "hf_tokenizer_name": "in the folder", "context_length": 77}
+    folder = copy_with(tmp_path / "m", causal, model_cfg={**TINY["causal"], "text_cfg": text})
+    hugging_face(folder)
+    encoder = torch_encoder.load(f"local-dir:{folder}", precision="fp32")
+    np.testing.assert_allclose(encoder.encode_texts(TEXTS), by_hand(folder, photos()[:1], TEXTS)[1], atol=1e-5)
 
 
 def test_nothing_to_encode_gives_no_rows(causal):
@@ -183,9 +304,10 @@ def test_offline_and_not_in_the_cache(monkeypatch, tmp_path):
         assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("device", ["warp", "cuda:99", ""])
+@pytest.mark.parametrize("device", ["warp", "cuda:99", "", "cpu,cuda:99", "cpu,"])
 def test_a_device_that_is_not_there(causal, device):
-    with pytest.raises(ModelError, match=f"the device '{device}' cannot be used here.*Try --device cpu"):
+    missing = device.split(",")[-1]
+    with pytest.raises(ModelError, match=f"the device '{missing}' cannot be used here.*Try --device cpu"):
         load_encoder(f"local-dir:{causal}", device=device)
 
 

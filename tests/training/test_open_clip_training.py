@@ -12,8 +12,9 @@ torch = pytest.importorskip("torch")
 
 import open_clip  # noqa: E402
 
+from retrieval import torch_encoder  # noqa: E402
 from retrieval.bundle import Bundle  # noqa: E402
-from retrieval.encoders import export_bundle, load_encoder  # noqa: E402
+from retrieval.encoders import export_bundle  # noqa: E402
 from retrieval.errors import DataError, ModelError  # noqa: E402
 from retrieval.evaluation import evaluate  # noqa: E402
 from retrieval.onnx_encoder import OnnxEncoder  # noqa: E402
@@ -59,11 +60,11 @@ def test_a_run_is_a_bundle_that_searches_as_the_torch_model_does(config, tmp_pat
     changed = [not torch.equal(a, b) for a, b in zip(clip.parameters(), start.parameters(), strict=True)]
     assert np.mean(changed) > 0.8
     encoder = OnnxEncoder(Bundle.load(tmp_path / "run"))
-    torch_encoder = load_encoder(f"local-dir:{folder}")
-    torch_encoder.model.load_state_dict(clip.state_dict(), strict=False)
+    torch_model = torch_encoder.load(f"local-dir:{folder}", precision="fp32")
+    torch_model.model.load_state_dict(clip.state_dict(), strict=False)
     for ours, theirs in (
-        (encoder.encode_images(photos()), torch_encoder.encode_images(photos())),
-        (encoder.encode_texts(TEXTS), torch_encoder.encode_texts(TEXTS)),
+        (encoder.encode_images(photos()), torch_model.encode_images(photos())),
+        (encoder.encode_texts(TEXTS), torch_model.encode_texts(TEXTS)),
     ):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
@@ -72,7 +73,7 @@ def test_a_run_goes_on_from_a_run_and_from_an_exported_bundle(config, tmp_path):
     folder = save_model(tmp_path / "tiny", TINY["causal"])
     exported = export_bundle(f"local-dir:{folder}", tmp_path / "bundle")
     first = models.start_from_bundle(str(exported.path)).model.clip
-    again = load_encoder(f"local-dir:{folder}").model
+    again = torch_encoder.load(f"local-dir:{folder}", precision="fp32").model
     for name, value in again.state_dict().items():
         torch.testing.assert_close(first.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)
     loop.train(replace(config, model=str(exported.path)), tmp_path / "one")
