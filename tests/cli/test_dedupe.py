@@ -33,7 +33,7 @@ def indexed(tmp_path_factory):
     rocket = Image.open(folder / "rocket.jpg")
     rocket.resize((rocket.width // 2, rocket.height // 2)).save(folder / "old" / "rocket.webp")
     astronaut = Image.open(folder / "astronaut.png").convert("RGB")
-    astronaut.crop((40, 40, *astronaut.size)).save(folder / "old" / "astronaut.png")
+    astronaut.crop((24, 24, *astronaut.size)).save(folder / "old" / "astronaut.png")
     assert result(diptych("index", folder, "--json"))["added"] == 25
     return folder
 
