@@ -264,7 +264,7 @@ def test_a_read_only_store_is_read_without_writing():
     if not hasattr(os, "setuid"):
         pytest.skip("no user ids on this system")
     code = """
-import os, sys
+import filelock, os, secrets, sys  # two of them are imported late: the other user may not be able to read the packages
 from pathlib import Path
 import numpy as np
 from indexes.errors import StoreError

@@ -9,9 +9,11 @@ from retrieval.encoders import load_encoder
 from retrieval.errors import ImageError
 from retrieval.images import Preprocessing, read_photo
 from retrieval.library import Library, Term
+from retrieval.onnx_encoder import OnnxEncoder
 from retrieval.preprocessing import _resizer
 from tests.fakes import ColourEncoder
 from tests.odd_photos import encode, exif, make_odd_folder, real_photos
+from tests.retrieval.test_quantisation import plain
 
 PHOTO = real_photos()[-2]  # 640 x 427
 MODES = [("squash", (260, 260)), ("shortest", (224, 224)), ("shortest", (96, 160)), ("longest", (160, 96))]
@@ -241,16 +243,17 @@ def large(path, side):
         return encode(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), "JPEG", quality=90)
 
 
-def test_vectors_of_real_photos_keep_their_place(shared_data):
-    """The drift that issue 8 allows: a cosine of 0.998 at least."""
-    encoder = load_encoder()
+def test_vectors_of_real_photos_keep_their_place(shared_data, tmp_path):
+    """The drift that issue 8 allows: a cosine of 0.998 at least, in float; int8 rounds what is alike a little apart."""
     photos = sorted((shared_data / "flickr8k" / "originals").glob("*.jpg"))
     assert len(photos) == 80
     contents = [path.read_bytes() for path in photos]
     contents += [large(path, side) for side in (1100, 1600, 2100) for path in photos[::8]]
     contents += [large(path, 4000) for path in photos[::20]]
-    slow = encoder.encode_images([encoder.preprocessing.fit(read_photo(content).image) for content in contents])
-    quick = encoder.encode_images([read_photo(c, preprocessing=encoder.preprocessing).image for c in contents])
-    cosines = (slow * quick).sum(axis=1)
-    assert cosines.min() > 0.998
-    assert cosines.mean() > 0.9995
+    shipped = load_encoder()
+    slow = [shipped.preprocessing.fit(read_photo(content).image) for content in contents]
+    quick = [read_photo(content, preprocessing=shipped.preprocessing).image for content in contents]
+    for encoder, least, mean in ((OnnxEncoder(plain(tmp_path)), 0.998, 0.9995), (shipped, 0.995, 0.998)):
+        cosines = (encoder.encode_images(slow) * encoder.encode_images(quick)).sum(axis=1)
+        assert cosines.min() > least
+        assert cosines.mean() > mean
