@@ -209,11 +209,13 @@ def test_a_teacher_that_says_no_number(world, quick, tmp_path, monkeypatch, side
     config = replace(recipes.config_for([world.pairs], "builtin"), epochs=1, teacher="builtin")
     name = Bundle.load(find_bundle("builtin")).name
     encode = getattr(OnnxEncoder, f"encode_{side}")
+    spoils = []
 
     def spoilt(encoder, items):
         vectors = encode(encoder, items).copy()
-        if encoder.name == name:
+        if encoder.name == name and not spoils:
             vectors[2, 5] = np.nan
+            spoils.append(items)
         return vectors
 
     monkeypatch.setattr(OnnxEncoder, f"encode_{side}", spoilt)
