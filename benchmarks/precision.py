@@ -27,7 +27,7 @@ from retrieval.sessions import has_openvino
 
 PRECISIONS = ("fp32", "fp16", "fp16/int8", "int8")  # pictures/texts
 PHOTOS, ROUNDS = 16, 7
-SETTINGS = Settings(bootstrap=1000, cached=False)
+SETTINGS = Settings(bootstrap=1000)
 COLD = """
 import resource, sys
 from pathlib import Path
