@@ -68,8 +68,9 @@ def main() -> None:
         f"{100 * result.sharing['after'][f'{way}_hit@10']:.1f} after"
         for way in ("t2i", "i2t")
     )
+    threads = "1 thread" if options.threads == 1 else f"{options.threads} threads"
     text = (
-        f"`python -m benchmarks.heads DATA` on {machine()}, {options.threads} threads: {len(examples):,} tweets, "
+        f"`python -m benchmarks.heads DATA` on {machine()}, {threads}: {len(examples):,} tweets, "
         "built-in model, vectors from the cache; test in percent with 95 % intervals, CPU seconds. In bold: chosen on "
         "val.\n\n"
         f"The slowest, {slowest.name}, takes {slowest.seconds:.0f} CPU s (bar {EACH}: {met}); all of `fit` with the "
