@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 import torch.nn.functional as F  # noqa: E402 - torch first
 
-from cli.main import run as run_command  # noqa: E402
+from cli.main import main as run_command  # noqa: E402
 from retrieval.bundle import Bundle  # noqa: E402
 from retrieval.encoders import load_encoder  # noqa: E402
 from retrieval.errors import DataError  # noqa: E402

@@ -17,7 +17,7 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
-from cli.main import run as run_command  # noqa: E402
+from cli.main import main as run_command  # noqa: E402
 from retrieval.bundle import Bundle  # noqa: E402
 from retrieval.encoders import find_bundle  # noqa: E402
 from retrieval.errors import DataError, UsageError  # noqa: E402
