@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -48,7 +48,7 @@ class OnnxEncoder:
         parts = [images[i : i + step] for i in range(0, len(images), step)]
 
         def encode(part: Sequence[Image.Image]) -> Vectors:
-            return self._run(self._image_session, self.preprocessing.pixels(part))
+            return self._image_session.run(self.preprocessing.pixels(part))
 
         if min(len(parts), self._threads) < 2:
             return self._gather([encode(part) for part in parts])
@@ -67,7 +67,7 @@ class OnnxEncoder:
             # Half characters, as bytes that are no text become on the command line, are refused by the tokenizer.
             batch = [texts[j].encode("utf-8", "replace").decode("utf-8") for j in order[i : i + sessions.TEXT_BATCH]]
             encodings = self._tokenizer.encode_batch(batch)
-            batches.append(self._run(self._text_session, np.array([e.ids for e in encodings], np.int64)))
+            batches.append(self._text_session.run(np.array([e.ids for e in encodings], np.int64)))
         rows = self._gather(batches)
         unsorted = np.empty_like(rows)
         unsorted[order] = rows
@@ -77,9 +77,6 @@ class OnnxEncoder:
         if not batches:
             return np.empty((0, self.dim), np.float32)
         return as_vectors(np.concatenate(batches))
-
-    def _run(self, session: Session, batch: np.ndarray[Any, Any]) -> Vectors:
-        return session.run(batch)
 
     @cached_property
     def precision(self) -> str:

@@ -22,18 +22,16 @@ from torch import Tensor, nn
 from indexes.vectors import exact_search
 from retrieval.heads.imbalance import treated
 from retrieval.heads.modalities import IMAGE, TEXT, Inputs
-from retrieval.heads.networks import dropped, loss_function, right_tensor, shuffled
+from retrieval.heads.networks import Recipe, dropped, learn, loss_function, right_tensor
 from retrieval.heads.problem import Arrays, Fitted, Problem, link
 from retrieval.heads.scores import Outputs
 from retrieval.heads.targets import Target
-from retrieval.training.averaging import WeightAverage
-from retrieval.training.fit import FitConfig, adamw, fit_best, plain_groups
 from retrieval.training.losses import info_nce
 
 _NEIGHBOURS = 8
 _SELF = 2.0  # weight of a row itself beside the sum of its neighbours, which is 1
-_EPOCHS, _BATCH, _FEWEST, _PATIENCE = 20, 256, 150, 6
-_RATE, _DECAY, _EMA, _DROP = 1e-3, 0.05, 0.98, 0.2
+_RECIPE = Recipe(epochs=20, batch=256)
+_FEWEST = 150  # steps
 _SHARED = 0.1  # of the contrastive loss, which keeps the outputs a shared space
 _TEMPERATURE = 20.0
 
@@ -195,7 +193,7 @@ def _train(fitted: FittedGraph, problem: Problem, right: NDArray[Any]) -> None:
         for i, gathered in enumerate(first):
             hidden = network.hidden(i, gathered)  # of all rows: neighbours of the batch are anywhere
             vectors.append(network.vectors(i, gather(hidden[rows], hidden, edges[i][rows])))
-        logits = network(vectors, dropped(present[rows], _DROP))
+        logits = network(vectors, dropped(present[rows], _RECIPE.drop))
         loss = loss_of(logits, rights[rows])
         if pair:
             both = (present[rows][:, pair] > 0).all(1)
@@ -208,18 +206,7 @@ def _train(fitted: FittedGraph, problem: Problem, right: NDArray[Any]) -> None:
         vectors = [torch.from_numpy(rows).to(device) for rows in fitted.outputs(val, val_edges)]
         return -float(loss_of(network(vectors, val_present), of_val))
 
-    steps = max(1, len(nodes) // _BATCH)
-    total = max(_EPOCHS * steps, _FEWEST)
-    config = FitConfig(
-        network,
-        adamw(plain_groups(network, _RATE, _DECAY)),
-        total,
-        warmup=steps,
-        clip=1.0,
-        average=WeightAverage(network, _EMA),
-    )
-    batches = shuffled(len(nodes), _BATCH, total, problem.seed)
-    fit_best(step, batches, config, score, every=max(steps, total // _EPOCHS), patience=_PATIENCE)
+    learn(network, step, score, len(nodes), _RECIPE, problem.seed, fewest=_FEWEST)
 
 
 def unit_rows(rows: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from retrieval.heads.fusion import FusionNet
 from retrieval.heads.imbalance import class_weights, focal_loss, treated
@@ -191,20 +191,49 @@ def _train(variant: Network, problem: Problem, weights: Sequence[float]) -> Fitt
             logits, _, _ = network(val_values, val_present)
             return -float(loss_of(logits, val_right))
 
-        steps = max(1, len(train) // recipe.batch)  # a pass
-        total = max(recipe.epochs * steps, _FEWEST)
-        config = FitConfig(
-            network,
-            adamw(plain_groups(network, recipe.learning_rate, recipe.weight_decay)),
-            total,
-            warmup=steps,
-            clip=1.0,
-            average=WeightAverage(network, _EMA),
-            before_step=balance.slow_down if balance else lambda: None,
-        )
-        batches = shuffled(len(train), recipe.batch, total, problem.seed)
-        fit_best(step, batches, config, score, every=max(steps, total // recipe.epochs), patience=_PATIENCE)
+        slow_down = balance.slow_down if balance else lambda: None
+        learn(network, step, score, len(train), recipe, problem.seed, before_step=slow_down)
     return FittedNetwork(target, network, build, problem.device)
+
+
+def learn(
+    network: nn.Module,
+    step: Callable[[Tensor], Tensor],
+    score: Callable[[], float],
+    count: int,
+    recipe: Recipe,
+    seed: int,
+    *,
+    fewest: int = _FEWEST,
+    patience: int = _PATIENCE,
+    before_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Fit a network on shuffled row numbers; kept is what scores best at the end of a pass.
+
+    Args:
+        network: what learns.
+        step: the loss of a batch of row numbers.
+        score: higher is better, see :func:`retrieval.training.fit.fit_best`.
+        count: how many rows there are.
+        recipe: passes, batch, rate and decay.
+        seed: of the order of the rows.
+        fewest: steps at least.
+        patience: scores in a row without a better one, after which it ends.
+        before_step: called between the gradients and the step.
+    """
+    steps = max(1, count // recipe.batch)  # a pass
+    total = max(recipe.epochs * steps, fewest)
+    config = FitConfig(
+        network,
+        adamw(plain_groups(network, recipe.learning_rate, recipe.weight_decay)),
+        total,
+        warmup=steps,
+        clip=1.0,
+        average=WeightAverage(network, _EMA),
+        before_step=before_step,
+    )
+    batches = shuffled(count, recipe.batch, total, seed)
+    fit_best(step, batches, config, score, every=max(steps, total // recipe.epochs), patience=patience)
 
 
 def shuffled(count: int, batch: int, total: int, seed: int) -> Iterator[Tensor]:

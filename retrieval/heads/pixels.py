@@ -17,19 +17,18 @@ from torch import Tensor, nn
 
 from retrieval.embedding import Progress, try_all
 from retrieval.errors import ImageError
-from retrieval.heads.networks import loss_function, right_tensor, shuffled
+from retrieval.heads.networks import Recipe, learn, loss_function, right_tensor
 from retrieval.heads.problem import Problem, link
 from retrieval.heads.scores import Outputs
 from retrieval.heads.targets import Target
 from retrieval.images import read_photo
 from retrieval.pairs import Example, Picture
-from retrieval.training.averaging import WeightAverage
 from retrieval.training.classic import CNN
-from retrieval.training.fit import FitConfig, adamw, fit_best, plain_groups
 
 _SIDE = 48  # pixels
-_EPOCHS, _BATCH, _FEWEST, _PATIENCE = 12, 64, 200, 4
-_RATE, _DECAY, _EMA, _DROPOUT = 1e-3, 0.05, 0.98, 0.3
+_RECIPE = Recipe(epochs=12, batch=64)
+_FEWEST, _PATIENCE = 200, 4  # steps; scores on val without a better one
+_DROPOUT = 0.3
 _GREY = 127  # where a row has no picture
 _PART = 512  # pictures predicted at a time
 
@@ -49,7 +48,7 @@ def read_pixels(examples: Sequence[Example], progress: Progress | None = None) -
     ):
         if not isinstance(pixels, ImageError):
             out[row] = pixels
-        if progress and done % _BATCH == 0:
+        if progress and done % _RECIPE.batch == 0:
             progress(done, len(shown))
     return out
 
@@ -80,24 +79,10 @@ class PixelCNN:
                 loss: Tensor = loss_of(network(_normalised(shown, device)), rights[rows])
                 return loss
 
-            steps = max(1, len(train) // _BATCH)
-            total = max(_EPOCHS * steps, _FEWEST)
-            config = FitConfig(
-                network,
-                adamw(plain_groups(network, _RATE, _DECAY)),
-                total,
-                warmup=steps,
-                clip=1.0,
-                average=WeightAverage(network, _EMA),
-            )
-            fit_best(
-                step,
-                shuffled(len(train), _BATCH, total, problem.seed),
-                config,
-                lambda: -float(loss_of(_logits(network, val, device), val_right)),
-                every=max(steps, total // _EPOCHS),
-                patience=_PATIENCE,
-            )
+            def score() -> float:
+                return -float(loss_of(_logits(network, val, device), val_right))
+
+            learn(network, step, score, len(train), _RECIPE, problem.seed, fewest=_FEWEST, patience=_PATIENCE)
         return FittedCNN(target, network, device)
 
 
