@@ -146,3 +146,14 @@ def storable(text: str) -> str:
 def numbers(values: NDArray[np.int64]) -> pa.Int64Array:
     """Whole numbers for Arrow, which takes them from NumPy by importing pandas, where that is installed."""
     return pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values, np.int64))])
+
+
+def read_parquet(stream: Any) -> pa.Table:
+    """All columns of a Parquet file, read in this thread.
+
+    Not by Arrow's ``read_table``: it scans in threads of its own, which may let go of a Python stream only as Python
+    ends, and that aborts the process.
+    """
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(stream).read(use_threads=False)

@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from indexes import runtime
-from indexes.columns import aligned, check_names, decode_columns, encode_columns, is_extra, storable
+from indexes.columns import aligned, check_names, decode_columns, encode_columns, is_extra, read_parquet, storable
 from indexes.manifest import DeletedRef, SegmentRef, damaged, replacing, sha256_of
 from indexes.vectors import Vectors
 
@@ -214,8 +214,6 @@ def write_failures(file: Path, failures: Iterable[Failure]) -> None:
 
 def read_failures(file: Path) -> list[Failure]:
     """Read the file of failures; none where it is missing. Raises StoreCorrupt."""
-    import pyarrow.parquet as pq
-
     with _reading(file):
         try:
             content = file.read_bytes()
@@ -224,7 +222,7 @@ def read_failures(file: Path) -> list[Failure]:
         # Releases before the seal wrote none; where its name is damaged its value is not, and the other way round.
         if (_SEAL in content or _SEALED.search(content)) and _sealed(content) != content:
             raise ValueError("its content is not what was written")
-        table = pq.read_table(pa.BufferReader(content), schema=_FAILURE_SCHEMA)
+        table = aligned(read_parquet(pa.BufferReader(content)), _FAILURE_SCHEMA)
         fields = table.drop_columns(["path_bytes"]).to_pylist()
         return [Failure(**{**one, "path": name}) for one, name in zip(fields, names(table), strict=True)]
 
@@ -320,13 +318,12 @@ def write_deleted(file: Path, ids: NDArray[np.int64]) -> DeletedRef:
 
 def read_deleted(file: Path, ref: DeletedRef) -> NDArray[np.int64]:
     """Read what `write_deleted` wrote. Raises FileNotFoundError, StoreCorrupt."""
-    import pyarrow.parquet as pq
-
     with file.open("rb") as stream, _reading(file):
         content = stream.read()
         if hashlib.sha256(content).hexdigest() != ref.sha256:  # else deleted rows would come back, and others go
             raise ValueError("its content is not what was written")
-        return pq.read_table(pa.BufferReader(content), schema=_DELETED_SCHEMA)["id"].to_numpy()  # type: ignore[no-any-return]
+        table = aligned(read_parquet(pa.BufferReader(content)), _DELETED_SCHEMA)
+        return table["id"].to_numpy()  # type: ignore[no-any-return]
 
 
 class Segment:

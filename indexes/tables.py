@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from indexes.columns import read_parquet
 from indexes.errors import ExchangeError
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")
@@ -77,10 +78,8 @@ def texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _read_parquet(file: Path) -> pa.Table:
-    import pyarrow.parquet as pq
-
     with file.open("rb") as stream:  # not Arrow's own open: it takes no names that are not UTF-8
-        return pq.read_table(stream)
+        return read_parquet(stream)
 
 
 def _read_text(file: Path, suffix: str) -> pa.Table:

@@ -406,3 +406,24 @@ def test_check_while_a_writer_merges(store, monkeypatch):
     assert store.check() == []
     assert not answers
     assert json.loads((store.path.with_name("copy") / "manifest.json").read_text())["generation"] == old.generation
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux lists them")
+def test_small_files_are_read_without_threads_of_arrow(tmp_path):
+    """One that lets go of the file's bytes as Python ends aborts the process, once in thirty times."""
+    code = """
+import os, sys
+from datetime import datetime, timezone
+from pathlib import Path
+import numpy as np
+from indexes.segments import Failure, read_deleted, read_failures, write_deleted, write_failures
+folder = Path(sys.argv[1])
+write_failures(folder / "failures", [Failure("a.jpg", "damaged", datetime.now(timezone.utc), 1, 1)])
+deleted = write_deleted(folder / "deleted", np.arange(3))
+before = len(os.listdir("/proc/self/task"))
+assert len(read_failures(folder / "failures")) == 1
+assert len(read_deleted(folder / deleted.file, deleted)) == 3
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "0\n"), run.stderr
