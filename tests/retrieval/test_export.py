@@ -132,8 +132,9 @@ def test_a_causal_text_is_computed_at_its_own_length(exported, lengths):
     encoder, bundle = exported
     ours = load_encoder(str(bundle.path))
     seen = []
-    run = ours._run
-    ours._run = lambda session, batch: seen.append(batch.shape[1]) or run(session, batch)
+    session = ours._text_session
+    run = session.run
+    session.run = lambda batch: seen.append(batch.shape[1]) or run(batch)
     for text in TEXTS[:2]:
         np.testing.assert_allclose(ours.encode_texts([text]), encoder.encode_texts([text]), atol=2e-6)
     assert seen == lengths

