@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -313,3 +314,8 @@ def _catch_up(library: Library) -> None:
         return
     if left:
         render.note(f"{left:,} files have changed since the last run: take them in with  diptych index {library.place}")
+    elif library.too_large_to_scan and sys.stderr.isatty():
+        render.note(
+            f"{len(library.store):,} {library.unit} are too many to look for new ones at each search: "
+            f"take them in with  diptych index {library.place}"
+        )

@@ -205,8 +205,9 @@ class Run:
         self.sentences: list[tuple[Row, str]] = []
         self.behind = Behind()
         self.decoding, self.encoding, self.writing = Stopwatch(), Stopwatch(), Stopwatch()
-        if plan.todo:
-            self.preprocessing = library.encoder.preprocessing  # loaded here, not by every thread at once
+        if plan.todo:  # loaded here, not by every thread at once
+            self.preprocessing = library.encoder.preprocessing
+            self.batch_size: int = getattr(library.encoder, "batch_size", _BATCH)
 
     def finish(self) -> dict[str, int]:
         """Do it; the counts of the report. Threads decode ahead of the model, and another one writes behind it."""
@@ -223,7 +224,8 @@ class Run:
         if self.plan.todo:
             with self.behind:
                 try:
-                    for done, (file, read) in enumerate(map_ahead(self._read, self.plan.todo), 1):
+                    read_ahead = map_ahead(self._read, self.plan.todo, self.batch_size)
+                    for done, (file, read) in enumerate(read_ahead, 1):
                         self._take(file, read)
                         if self.progress:
                             self.progress(done, len(self.plan.todo))
@@ -297,7 +299,7 @@ class Run:
     def _keep(self, file: ScannedFile, read: _Read, old: tuple[int, str] | None) -> None:
         if read.photo is not None:
             self.batch.append((_row(file, read.hash, read.photo), read.photo.image))
-            if len(self.batch) == getattr(self.library.encoder, "batch_size", _BATCH):
+            if len(self.batch) == self.batch_size:
                 self._embed()
         elif read.text is not None:
             self.sentences.append((_row(file, read.hash), read.text))

@@ -250,12 +250,17 @@ class Library:
         """How many files an :meth:`index` run would touch now: a look at names, sizes and times only."""
         return self.source.plan(self, below).pending
 
+    @property
+    def too_large_to_scan(self) -> bool:
+        """Whether there are so many pictures that :meth:`catch_up` does not look for new ones."""
+        return len(self.store) > QUICK_SCAN
+
     def catch_up(self, progress: Progress | None = None) -> int:
         """Take in what changed if that is a matter of a second or two; the number of files left for :meth:`index`.
 
         A folder of more than ``QUICK_SCAN`` pictures is not even looked through.
         """
-        if len(self.store) > QUICK_SCAN:
+        if self.too_large_to_scan:
             return 0
         pending = self.pending()
         if pending > QUICK_FILES:

@@ -20,19 +20,27 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def map_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+def map_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], batch: int = 1
+) -> Iterator[tuple[Item, Result]]:
     """Yield (item, function(item)) in the order of the items, some of them computed ahead by threads.
 
     Threads suffice for pictures: decoding lets go of the interpreter lock. What the function raises is raised here, at
     its item. Leaving the loop early cancels what has not begun.
+
+    Args:
+        function: computes a result, in one of several threads.
+        items: what it is given.
+        batch: how many results the caller takes at once before it does something long: so many are computed meanwhile.
     """
     threads = thread_count()
+    ahead = max(batch, threads * _AHEAD_PER_THREAD)
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
         for item in items:
             waiting.append((item, pool.submit(function, item)))
-            if len(waiting) >= threads * _AHEAD_PER_THREAD:
+            if len(waiting) >= ahead:
                 first, future = waiting.popleft()
                 yield first, future.result()
         while waiting:

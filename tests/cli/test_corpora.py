@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import os
+import pty
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -40,6 +45,24 @@ def corpora(tmp_path_factory):
 @pytest.fixture
 def here(corpora, tmp_path):
     return Path(shutil.copytree(corpora, tmp_path / "corpora"))
+
+
+def test_who_looks_on_hears_that_a_large_folder_is_not_looked_through(here):
+    assert diptych("index", "photos", cwd=here).returncode == 0
+    code = "import retrieval.library as l; l.QUICK_SCAN = 2; from cli.main import run; run()"
+
+    def search(*options):
+        ours, theirs = pty.openpty()
+        command = [sys.executable, "-c", code, "search", "a cat", *options]
+        subprocess.run(command, cwd=here / "photos", stdout=subprocess.DEVNULL, stderr=theirs, check=True)
+        os.close(theirs)
+        with os.fdopen(ours, "rb", buffering=0) as terminal, contextlib.suppress(OSError):  # closed at the other end
+            return terminal.read(10_000).decode()
+        return ""
+
+    said = search()
+    assert said.startswith("3 images are too many to look for new ones at each search: take them in with")
+    assert search("--no-indexing") == ""
 
 
 @pytest.mark.parametrize(("source", "place"), [("set.tar", "set.tar/chelsea.png"), ("list.csv", "photos/chelsea.png")])

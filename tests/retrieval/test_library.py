@@ -64,6 +64,19 @@ def test_first_run_and_second_run(folder):
     assert library.pending() == 0
 
 
+def test_a_few_new_pictures_are_taken_in_at_once_and_many_are_counted(library, folder, monkeypatch):
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, 90, 0)).save(folder / f"new{i}.png")
+    monkeypatch.setattr("retrieval.library.QUICK_FILES", 2)
+    assert (library.catch_up(), len(library.store)) == (3, 4)
+    monkeypatch.setattr("retrieval.library.QUICK_FILES", 3)
+    assert (library.catch_up(), len(library.store)) == (0, 7)
+    Image.new("RGB", (8, 8), (9, 90, 0)).save(folder / "another.png")
+    monkeypatch.setattr("retrieval.library.QUICK_SCAN", 6)
+    assert library.too_large_to_scan
+    assert (library.catch_up(), len(library.store)) == (0, 7)
+
+
 def test_search_equals_brute_force(library, folder):
     encoder = ColourEncoder()
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))

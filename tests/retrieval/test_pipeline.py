@@ -237,6 +237,23 @@ def test_items_come_in_order_and_leaving_early_cancels(monkeypatch):
     assert len(begun) <= 3 + 1 + 3 * 8
 
 
+def test_as_many_are_computed_ahead_as_are_taken_at_once(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    begun, all_begun = [], threading.Event()
+
+    def count(i):
+        begun.append(i)
+        if len(begun) == 100:
+            all_begun.set()
+
+    results = map_ahead(count, range(1000), batch=100)
+    next(results)
+    assert all_begun.wait(10)  # while the caller does something else
+    time.sleep(0.05)
+    assert len(begun) == 100
+    results.close()
+
+
 def test_a_stopwatch_adds_up_its_threads():
     watch = Stopwatch()
 
