@@ -10,7 +10,7 @@ import functools
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,8 @@ from indexes.vectors import Hits, VectorIndex, Vectors, exact_search, ranked, re
 _SINGLE = 64  # rows at most that are read one by one; Arrow's `take` also imports pyarrow.compute, which takes 25 ms
 _HELD = 256 << 20  # bytes of vectors, widened to float32, that exact search holds; more are read a block at a time
 _BLOCK = 16_384  # rows
+
+Cell: TypeAlias = Callable[[int], Any]  # the value of a row, in one column of a row group
 
 
 def joined(ids: NDArray[np.int64], more: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -49,7 +51,7 @@ class Snapshot:
         self._begins: list[int] = self._starts.tolist()  # for single rows, of which an array is slow to search
         self._columns: dict[str, pa.ChunkedArray] = {}
         self._tables: dict[tuple[str, ...], pa.Table] = {}  # of some of them
-        self._groups: dict[tuple[Segment, int, tuple[str, ...]], Sequence[Callable[[int], Any] | None]] = {}  # see _cells
+        self._groups: dict[tuple[Segment, int, tuple[str, ...]], Sequence[Cell | None]] = {}  # see _cells
         # Row groups that single rows were read from lately: those of one commit serve the next as well.
         self._recent: Callable[[Segment, int], pa.Table] = (
             before._recent if before else functools.lru_cache(8)(Segment.facts)
@@ -165,7 +167,7 @@ class Snapshot:
             for segment, i, row in map(self._locate, self.live[positions].tolist())
         ]
 
-    def _cells(self, segment: Segment, i: int, names: tuple[str, ...]) -> Sequence[Callable[[int], Any] | None]:
+    def _cells(self, segment: Segment, i: int, names: tuple[str, ...]) -> Sequence[Cell | None]:
         """Some columns of a row group, each as what gives the value of a row; None for those that hold nothing."""
         key = (segment, i, names)
         if key not in self._groups:
@@ -326,7 +328,7 @@ class Snapshot:
         return None if self.covered == len(self._ann or ()) else self._slots_allowed(everything)
 
 
-def _cell(column: pa.Array) -> Callable[[int], Any] | None:
+def _cell(column: pa.Array) -> Cell | None:
     """What gives one value of a column; None if there are none. Arrow takes a microsecond for each."""
     if column.null_count == len(column):
         return None
