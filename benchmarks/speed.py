@@ -61,6 +61,7 @@ VIT = {
     "torch bf16": Side("`diptych index`, torch bf16", "library", "vit", "bf16"),
     "onnx fp32": Side("`diptych index`, bundle, fp32", "library", "vit-fp32", "fp32"),
     "onnx int8": Side("`diptych index`, bundle, int8", "library", "vit-int8"),
+    "openvino fp32": Side("`diptych index`, bundle, fp32, OpenVINO", "library", "vit-fp32", "fp32", True),
     "openvino bf16": Side("`diptych index`, bundle, bf16, OpenVINO", "library", "vit-fp32", "bf16", True),
     "openvino int8": Side("`diptych index`, bundle, int8, OpenVINO", "library", "vit-int8", "auto", True),
 }
@@ -283,6 +284,8 @@ def encoder_of(work: Path, side: Side, threads: int) -> Any:
 
     if side.openvino and not sessions.has_openvino():
         missing("No module named 'openvino'")
+    if side.precision == "bf16" and not sessions.multiplies_in_bf16():
+        missing("this processor does not multiply in bf16")
     if not side.openvino:
         sessions.has_openvino = lambda: False  # as in an installation without the extra
     return load_encoder(spec, threads=threads, precision=side.precision)
@@ -444,7 +447,7 @@ def bars(runs: Mapping[tuple[str, ...], list[Result]]) -> list[str]:
     vit = {
         "bf16": ("torch bf16", "openvino bf16"),
         "int8": ("onnx int8", "openvino int8"),
-        "fp32": ("torch fp32", "onnx fp32"),
+        "fp32": ("torch fp32", "onnx fp32", "openvino fp32"),
     }
     lines = []
 
@@ -507,7 +510,11 @@ def main(options: argparse.Namespace) -> None:
         "the model does not count. Arithmetic: operations of the image tower's matrix products a second of processor "
         f"time, beside the fastest product of two matrices of {' or '.join(map(str, PRODUCTS))} rows in that.\n\n"
         + "\n".join(f"- {line}" for line in bars(runs))
-        + (f"\n\nLeft out, because what they need is not installed: {', '.join(absent)}." if absent else ""),
+        + (
+            f"\n\nLeft out, because what they need is not installed, or not in this processor: {', '.join(absent)}."
+            if absent
+            else ""
+        ),
         ("MP", "what", "images/s", "CPU ms an image", "times naive"),
         rows,
     )
