@@ -65,13 +65,14 @@ class Round:
     ) -> None:
         self.names, self.parts = names, parts
         self.pixels = {} if table.pixels is None else {split: table.pixels[rows] for split, rows in parts.items()}
+        self.val_rows = parts["val"]  # those of them that models are chosen by
         self.scaling = Scaling.of(table.rows(parts["train"]))
         right = {split: target.encode([table.examples[row] for row in rows]) for split, rows in parts.items()}
         part = {split: Part(self.scaling.apply(table.rows(rows)), right[split]) for split, rows in parts.items()}
         if target.task == "class":
             self._check_val(target, table, part["val"], tell)
             known = np.flatnonzero(part["val"].right >= 0)
-            part["val"] = part["val"].take(known)
+            part["val"], self.val_rows = part["val"].take(known), self.val_rows[known]
             if self.pixels:
                 self.pixels["val"] = self.pixels["val"][known]
         self.test: Part = part["test"]
