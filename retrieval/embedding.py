@@ -158,7 +158,7 @@ def _encode_pictures(
     return unique if len(slots) == len(pictures) else unique[where]
 
 
-def _fetch(encoder: Encoder, cached: Mapping[bytes, Picture], cache: EmbeddingCache, view: View | None) -> Vectors:
+def _fetch(encoder: Encoder, cached: Mapping[bytes, Picture], cache: KnownVectors, view: View | None) -> Vectors:
     """The vectors that the cache had; what has been deleted meanwhile, or shows itself damaged now, is encoded."""
     found = cache.get([*cached])
     if found.known.all():

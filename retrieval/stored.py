@@ -76,7 +76,7 @@ class StoredVectors:
         self._served.update(at[known].tolist())
         others = np.flatnonzero(~known)
         if self._behind is not None and len(others):
-            found = self._behind.get([keys[i] for i in others])
+            found = self._behind.get([keys[i] for i in others.tolist()])
             others = others[found.known]
             if len(others):
                 known[others], vectors[others] = True, found.vectors

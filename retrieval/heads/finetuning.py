@@ -18,20 +18,21 @@ from torch import Tensor, nn
 
 from retrieval.bundle import Bundle
 from retrieval.embedding import Progress
-from retrieval.encoders import find_bundle
+from retrieval.encoders import Precision, find_bundle
 from retrieval.heads.modalities import FURTHEST, IMAGE, TEXT, Scaling
 from retrieval.heads.networks import FittedNetwork, Objective, Recipe, learn, right_tensor, tensors
 from retrieval.heads.problem import Part, Problem
 from retrieval.pairs import Example, Record
 from retrieval.training.activations import PartlyFrozenTowers
 from retrieval.training.data import Towers
+from retrieval.training.fit import plain_groups
 from retrieval.training.models import StartModel, described, software, start_from
-from retrieval.training.parameters import plain_groups, summary, trainable_groups
+from retrieval.training.parameters import summary, trainable_groups
 from retrieval.training.pictures import TrainedTowers
 from retrieval.training.streaming import PictureRows
 from retrieval.training.towers import DualEncoder
 
-PRECISION = "fp16"  # of the stored weights: vectors are those of fp32 to three digits, in half the room
+PRECISION: Precision = "fp16"  # of the stored weights: vectors are those of fp32 to three digits, in half the room
 _RECIPE = Recipe(epochs=8, batch=64, learning_rate=3e-4)  # the network has learnt already
 _HEAD_RATE, _IMAGE_RATE, _TEXT_RATE = 1e-4, 1e-4, 3e-5  # of the projections, and of each tower's blocks
 _FEWEST, _PATIENCE = 40, 2  # steps; passes without a better one
@@ -91,7 +92,8 @@ def finetune(
         DataError: the loss is no number any more, or pictures cannot be read any more.
         ModelError: the model has no towers that can be trained, or too few blocks.
     """
-    model = start_from(spec)
+    with torch.random.fork_rng(devices=[]):  # networks are made at random before they get their weights
+        model = start_from(spec)
     model.model.to(problem.device)
     groups = trainable_groups(
         model.model.trained,
@@ -121,7 +123,7 @@ def finetune(
 
     def score() -> float:
         batch = sets["val"]
-        parts = torch.arange(len(val)).split(_PART)
+        parts = torch.split(torch.arange(len(val)), _PART)
         logits = torch.cat([network(joint.values(batch, rows), batch.present[rows])[0] for rows in parts])
         return -float(objective.fused(logits, batch.right))
 

@@ -7,6 +7,7 @@ tenth of the whole. In exchange each picture is seen as it is, and never cropped
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from retrieval.pairs import Record
 from retrieval.training.models import StartModel
 from retrieval.training.pictures import TrainedTowers
 from retrieval.training.streaming import PictureRows, parts
-from retrieval.training.towers import DualEncoder
+from retrieval.training.towers import DualEncoder, ImageTrunk, TextTrunk
 
 _PART = 32  # pictures computed at a time
 _DECODED = 256  # pictures decoded at a time
@@ -28,8 +29,6 @@ class PartlyFrozenTowers(TrainedTowers):
     A sentence's row is (L, W + 1): W numbers of each token, and whether there is one, 1 or 0.
     """
 
-    model: DualEncoder
-
     def __init__(self, start: StartModel, last: int, device: str) -> None:
         """Take a model whose last so many blocks are to learn, in each tower. TypeError for one that cannot be cut."""
         if not isinstance(start.model, DualEncoder):
@@ -38,6 +37,7 @@ class PartlyFrozenTowers(TrainedTowers):
             start.model, start.preprocessing, start.tokenizer_json, start.context_length, device, _PART, 0.0
         )
         self.last = last
+        self.image, self.text = cast("ImageTrunk", start.model.image.trunk), cast("TextTrunk", start.model.text.trunk)
 
     @torch.no_grad()
     def needed(self, pictures: int, sentences: int) -> int:
@@ -45,7 +45,7 @@ class PartlyFrozenTowers(TrainedTowers):
         self.model.eval()
         blank = torch.zeros((1, *self.preprocessing.size, 3), dtype=torch.uint8, device=self.device)
         words = torch.ones((1, self.context_length), dtype=torch.int64, device=self.device)
-        image = self.model.image.trunk.below(self._pixels(blank), self.last)
+        image = self.image.below(self._pixels(blank), self.last)
         return 2 * (pictures * image.numel() + sentences * self._rows_of(words).numel())
 
     @torch.no_grad()
@@ -60,7 +60,7 @@ class PartlyFrozenTowers(TrainedTowers):
             (decoded,), bad = super().pictures(records[first : first + _DECODED])
             unreadable |= {first + place: reason for place, reason in bad.items()}
             rows += [
-                self.model.image.trunk.below(self._pixels(part), self.last).half()
+                self.image.below(self._pixels(part), self.last).half()
                 for portion in parts(decoded)
                 for part in torch.split(portion, _PART)
             ]
@@ -77,21 +77,17 @@ class PartlyFrozenTowers(TrainedTowers):
         return torch.cat([self._rows_of(part) for part in torch.split(ids, _PART)])
 
     def _rows_of(self, ids: Tensor) -> Tensor:
-        below = self.model.text.trunk.below(ids, self.last)
+        below = self.text.below(ids, self.last)
         return torch.cat([below, (ids != 0)[..., None].to(below.dtype)], dim=2).half()
 
     def image_features(self, pictures: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, F), through the blocks that learn."""
-        features: Tensor = self.model.image.trunk.above(
-            pictures.float().contiguous(memory_format=torch.channels_last), self.last
-        )
+        features: Tensor = self.image.above(pictures.float().contiguous(memory_format=torch.channels_last), self.last)
         return features
 
     def text_features(self, sentences: Tensor) -> Tensor:
         """(B, L, W + 1) -> (B, G), through the blocks that learn."""
         there = sentences[..., -1] > 0
         longest = max(1, int(there.sum(1).max()))
-        features: Tensor = self.model.text.trunk.above(
-            sentences[:, :longest, :-1].float(), there[:, :longest], self.last
-        )
+        features: Tensor = self.text.above(sentences[:, :longest, :-1].float(), there[:, :longest], self.last)
         return features

@@ -286,7 +286,9 @@ class ProjectionHead(nn.Module):
         return F.normalize(self.norm(x), dim=-1)  # (B, D)
 
 
-Trunk: TypeAlias = EfficientNetLite | CNN | MiniLM | LSTM
+ImageTrunk: TypeAlias = EfficientNetLite | CNN
+TextTrunk: TypeAlias = MiniLM | LSTM
+Trunk: TypeAlias = ImageTrunk | TextTrunk
 
 
 class ProjectedTower(nn.Module):
