@@ -16,13 +16,13 @@ from retrieval.errors import DataError, MissingExtra, UsageError
 from retrieval.heads import Modalities
 from retrieval.heads.graph import FittedGraph, unit_rows
 from retrieval.heads.imbalance import check_installed, treated
-from retrieval.heads.modalities import IMAGE, TEXT, Column, Inputs, encode_examples
+from retrieval.heads.modalities import IMAGE, TEXT, Column, Inputs, Note, encode_examples
 from retrieval.heads.model import ENCODER, FusionClassifier, contributions
 from retrieval.heads.networks import FittedNetwork
 from retrieval.heads.pixels import PixelCNN, read_pixels
 from retrieval.heads.problem import TREATMENTS, Fitted, Part
 from retrieval.heads.results import Classification, Effect, Explanation, Finetuning, ModelScores
-from retrieval.heads.rounds import CNN_NAME, Note, Round, Run, Table
+from retrieval.heads.rounds import CNN_NAME, Round, Run, Table
 from retrieval.heads.scores import HEADLINE, detail, score
 from retrieval.heads.settings import ClassifySettings
 from retrieval.heads.splits import RowNumbers, fold_rows, split_rows

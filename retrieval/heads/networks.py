@@ -130,17 +130,15 @@ def loss_function(problem: Problem, train: Part) -> Callable[[Tensor, Tensor], T
     target = problem.target
     if target.task == "number":
         return lambda logits, right: F.smooth_l1_loss(logits[:, 0], right)
+    if problem.treatment == "focal":
+        return focal_loss
     weighted = problem.treatment == "class-weights"
     if target.task == "labels":
-        if problem.treatment == "focal":
-            return lambda logits, right: focal_loss(logits, right)
         share = train.right.mean(axis=0).clip(0.01, 0.99)
         positive = torch.tensor(np.minimum((1 - share) / share, 10), dtype=torch.float32, device=problem.device)
         return lambda logits, right: F.binary_cross_entropy_with_logits(
             logits, right, pos_weight=positive if weighted else None
         )
-    if problem.treatment == "focal":
-        return lambda logits, right: focal_loss(logits, right)
     weight = torch.tensor(class_weights(train.right, target.outputs), dtype=torch.float32, device=problem.device)
     return lambda logits, right: F.cross_entropy(logits, right, weight=weight if weighted else None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from retrieval.embedding import Progress
 from retrieval.errors import DataError
 from retrieval.heads import Modalities
-from retrieval.heads.modalities import IMAGE, Scaling
+from retrieval.heads.modalities import IMAGE, Note, Scaling
 from retrieval.heads.pixels import PixelCNN, Pixels
 from retrieval.heads.problem import Fitted, Part, Problem, Variant
 from retrieval.heads.scores import Outputs
@@ -23,7 +23,6 @@ from retrieval.pair_formats import some
 from retrieval.pairs import Example
 
 CNN_NAME = "cnn"
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,13 +42,8 @@ _STAGES = {
 }
 
 
-def write_classification_page(result: Classification, file: Path | None = None) -> Path:
-    """Write the page of a fitted classifier; to a temporary file when none is named."""
-    return page.written(classification_page(result), file)
-
-
 def classification_page(result: Classification) -> str:
-    """The page of :func:`write_classification_page` as text: the same for the same result."""
+    """The page of a fitted classifier as text: the same for the same result."""
     sections = [
         _head(result),
         _models(result),

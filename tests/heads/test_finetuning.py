@@ -36,7 +36,7 @@ from tests.retrieval.open_clip_models import TINY, save_model
 SETTINGS_ = ClassifySettings(
     variants=("early-logistic", "early-mlp"), draws=50, study=False, pixels=False, finetune=1, start="early-mlp"
 )
-FAST = Recipe(epochs=40, batch=8, learning_rate=1e-3, drop=0.0)
+FAST = Recipe(epochs=20, batch=8, learning_rate=1e-3, drop=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,7 @@ def test_it_overfits_and_only_the_last_blocks_change(kind, noise, tmp_path, monk
     network = FUSED["early-mlp"]
     weak = replace(network, recipe=Recipe(epochs=1)).fit(replace(problem, seed=1))
     before = {name: value.clone() for name, value in weak.network.state_dict().items()}
-    for name, rate in (("_HEAD_RATE", 1e-3), ("_IMAGE_RATE", 1e-3), ("_TEXT_RATE", 1e-3), ("_FEWEST", 120)):
+    for name, rate in (("_HEAD_RATE", 1e-3), ("_IMAGE_RATE", 1e-3), ("_TEXT_RATE", 1e-3), ("_FEWEST", 80)):
         monkeypatch.setattr(finetuning, name, rate)
     monkeypatch.setattr("retrieval.training.pictures.augment", lambda x: x.permute(0, 3, 1, 2).float() / 255)
     random = torch.get_rng_state()
@@ -102,7 +102,7 @@ def test_it_overfits_and_only_the_last_blocks_change(kind, noise, tmp_path, monk
         name for layer in tower_layers(start_from(spec).model.trained) if layer.depth <= 1 for name in layer.parameters
     }
     for name, value in new.items():
-        same = torch.allclose(value, old[name], atol=1e-3)  # fp16
+        same = float(torch.dist(value, old[name])) <= 1e-3 * float(old[name].norm())  # fp16
         if name in learn and value.numel() > 1000:
             assert not same, name
         elif name not in learn and "running_" not in name:
@@ -244,7 +244,7 @@ def test_one_modality_alone(hard, tmp_path, lack):
     assert classification_page(found)
     other = f"{lack}."
     old, new = weights_of(spec), weights_of(model.encoder)
-    assert all(torch.allclose(new[name], old[name], atol=1e-3) for name in old if name.startswith(other))
+    assert all(torch.allclose(new[name], old[name], rtol=1e-3, atol=1e-5) for name in old if name.startswith(other))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def small_lite():
 
 def small_bert():
     torch.manual_seed(2)
-    return MiniLM(40, layers=3)
+    return MiniLM(40, layers=2)
 
 
 def put_small_towers(monkeypatch):
