@@ -382,13 +382,12 @@ def _finetuned(
         fitted=tuned.fitted,
         own_encoder=True,
     )
+    rows, count = np.concatenate([one.val_rows, one.parts["test"]]), len(one.val_rows)
     cache = _known_vectors(encoder, None, cached)
-    val, test = (
-        changed.inputs(
-            encode_examples(examples(rows), model.modalities, model.columns, encoder, cache=cache, progress=progress)
-        )
-        for rows in (one.val_rows, one.parts["test"])
+    inputs = changed.inputs(
+        encode_examples(examples(rows), model.modalities, model.columns, encoder, cache=cache, progress=progress)
     )
+    val, test = inputs.take(np.arange(count)), inputs.take(np.arange(count, len(rows)))
     outputs, target = tuned.fitted.predict(test), model.target
     blocks = f"the last {settings.finetune} blocks" if settings.finetune > 1 else "the last block"
     scored = ModelScores(
