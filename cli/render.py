@@ -398,6 +398,8 @@ def classification(result: Classification) -> None:
     else:
         for name, one in result.models.items():
             _measures_tsv(f"{name}:", one.test, one.test.intervals)
+    if result.finetuning:
+        note(result.finetuning.verdict(result.headline))
     note(f"chosen on val: {result.chosen}; {result.verdict}")
 
 
