@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from retrieval.errors import DataError
 from retrieval.pairs import Picture, read_pairs, read_sentences
 from retrieval.training.config import listed, read_settings, read_toml
 
+Row = TypeVar("Row")
 _POOL = 32  # batches among which captions are sorted by length: a third of the places would be padding otherwise
 _NOT_LEARNT = ("name", "licence", "beams", "length_penalty", "checkpoint_seconds")
 
@@ -31,14 +32,14 @@ class CaptionSource:
     path: str  # whatever `read_pairs` reads, or of captions alone `read_sentences`; relative to the data folder
     learn_from: str = "image"  # the vector that stands before a caption: its image's, or its own (text)
     split: str | None = None
-    repeat: int = 1  # passes over it
+    repeat: float = 1.0  # passes over it; 0.5: over half of it, drawn at random, and of the rest nothing is encoded
     until: float = 1.0  # share of the run after which it is seen no more: what comes last sets the style
 
     def __post_init__(self) -> None:
         if self.learn_from not in ("image", "text"):
             raise DataError(f"learn_from must be image or text, not {self.learn_from!r}")
-        if self.repeat < 1 or not 0 < self.until <= 1:
-            raise DataError("repeat must be at least 1, and until above 0 and at most 1")
+        if not 0 < self.repeat < math.inf or not 0 < self.until <= 1:
+            raise DataError("repeat must be above 0, and until above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class CaptionRecipe:
     dropout: float = 0.1
     noise: float = 0.3  # length of what is added to a unit vector before it is made one again
     label_smoothing: float = 0.1
-    batch: int = 128
+    batch: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     warmup: int = 200  # steps
@@ -130,12 +131,13 @@ def read_captions(
     for number, source in enumerate(recipe.sources):
         if source.learn_from == "image":
             records = [one for one in read_pairs(data / source.path, source.split) if any(map(str.strip, one.texts))]
+            records = _drawn(records, source, recipe.seed)
             pictures: list[Picture] = [record.image for record in records]
             tables.append(encode_pictures(encoder, pictures, cache=cache, progress=progress))
             found = [(row, text) for row, record in enumerate(records) for text in record.texts if text.strip()]
         else:
             sentences = [s for s in read_sentences(data / source.path) if source.split in (None, s.split)]
-            found = list(enumerate(sentence.text for sentence in sentences))
+            found = list(enumerate(sentence.text for sentence in _drawn(sentences, source, recipe.seed)))
             tables.append(encode_sentences(encoder, [text for _, text in found], cache=cache))
         if not found:
             raise DataError(f"{data / source.path} has no captions to learn from")
@@ -144,6 +146,14 @@ def read_captions(
         source_of += [number] * len(found)
         start += len(tables[-1])
     return Captions(np.concatenate(tables), np.array(vector_of, np.int64), texts, np.array(source_of, np.int64))
+
+
+def _drawn(rows: list[Row], source: CaptionSource, seed: int) -> list[Row]:
+    """All rows, or of a source with less than one pass as many as that is, in their order."""
+    if source.repeat >= 1:
+        return rows
+    kept = np.random.default_rng(seed).permutation(len(rows))[: math.ceil(source.repeat * len(rows))]
+    return [rows[i] for i in np.sort(kept).tolist()]
 
 
 def order(recipe: CaptionRecipe, captions: Captions, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -155,9 +165,11 @@ def order(recipe: CaptionRecipe, captions: Captions, lengths: NDArray[np.int64])
     numbers, moments = [], []
     for number, source in enumerate(recipe.sources):
         own = np.flatnonzero(captions.source_of == number)
-        for turn in range(source.repeat):
-            numbers.append(own)
-            moments.append((turn + random.random(len(own))) / source.repeat * source.until)
+        passes = max(1.0, source.repeat)  # of fewer than one, what is left out is not among the captions
+        for turn in range(math.ceil(passes)):
+            moment = turn + random.random(len(own))
+            numbers.append(own[moment < passes])
+            moments.append(moment[moment < passes] / passes * source.until)
     whole = np.concatenate(numbers)[np.argsort(np.concatenate(moments), kind="stable")]
     batches = []
     for begin in range(0, len(whole), recipe.batch * _POOL):
