@@ -90,9 +90,7 @@ def search(
     return said
 
 
-def greedy(
-    stepper: Stepper, vectors: Vectors, *, length: int, end: int, banned: Sequence[int] = ()
-) -> list[list[int]]:
+def greedy(stepper: Stepper, vectors: Vectors, *, length: int, end: int, banned: Sequence[int] = ()) -> list[list[int]]:
     """The likeliest piece each time, until that is the end; arguments as of :func:`search`."""
     said: list[list[int]] = [[] for _ in range(len(vectors))]
     if not said:
