@@ -1,9 +1,9 @@
 """Decoders as they are used and kept, without torch: a folder with a card, and what the card's kind needs.
 
-decoder.json     the card: kind, name, fingerprint of the encoder, licence, settings, training record
-decoder.onnx     of a transformer: what comes next, with a cache of keys and values
-tokenizer.json   of a transformer: its pieces of words
-captions.npz     of a consensus: captions with their vectors, as arrays
+- decoder.json: the card, with the kind, name, fingerprint of the encoder, licence, settings and training record
+- decoder.onnx: of a transformer, what comes next, with a cache of keys and values
+- tokenizer.json: of a transformer, its pieces of words
+- captions.npz: of a consensus, captions with their vectors, as arrays
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ class TransformerDecoder:
 class ConsensusDecoder:
     """Of the captions nearest to the picture, the one that is nearest to the others (Devlin et al. 2015).
 
-    There it is the nearest pictures' captions, compared by their words (arXiv:1505.04467); in a shared space the captions
-    themselves can be looked for, and compared.
+    There it is the nearest pictures' captions, compared by their words (arXiv:1505.04467); in a shared space the
+    captions themselves can be looked for, and compared.
     """
 
     def __init__(self, card: Card, vectors: Vectors, captions: Sequence[str]) -> None:

@@ -37,10 +37,10 @@ def search(
 ) -> list[list[int]]:
     """The likeliest caption that a beam search finds for each vector; with one beam :func:`greedy`.
 
-    A caption's score is its log-probability, that of its end included, divided by its number of pieces, the end counted,
-    to the power of ``penalty`` (1: the mean; 0: short ones win). One that has ``length`` pieces ends there, and its end
-    costs nothing. Captions that have ended take up no beam, and a picture is done when nothing that is still open could
-    become better: what is found is the best of all captions if there are beams for all of them.
+    A caption's score is its log-probability, that of its end included, divided by its number of pieces, the end
+    counted, to the power of ``penalty`` (1: the mean; 0: short ones win). One that has ``length`` pieces ends there,
+    and its end costs nothing. Captions that have ended take up no beam, and a picture is done when nothing that is
+    still open could become better: what is found is the best of all captions if there are beams for all of them.
 
     Args:
         stepper: the model.
