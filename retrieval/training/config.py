@@ -248,11 +248,12 @@ def read_toml(file: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        return tomllib.loads(file.read_text("utf-8"))
+        tables: dict[str, Any] = tomllib.loads(file.read_text("utf-8"))
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"{file} is not TOML: {error}") from error
+    return tables
 
 
 def config_from_json(file: Path) -> TrainConfig:

@@ -156,7 +156,7 @@ class ConsensusDecoder:
             texts = stored["captions"].tobytes().decode("utf-8").split("\n")
             return cls(card, as_vectors(stored["vectors"]), texts)
 
-    def files(self) -> dict[str, NDArray[Any]]:
+    def arrays(self) -> dict[str, NDArray[Any]]:
         """What :meth:`load` reads from captions.npz."""
         text = np.frombuffer("\n".join(self.captions).encode("utf-8"), np.uint8)
         return {"captions": text, "vectors": self.vectors.astype(np.float16)}

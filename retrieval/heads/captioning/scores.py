@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,7 @@ def bleu(said: Sequence[str], references: References) -> dict[str, float]:
     ours, theirs = _checked(said, references)
     most = max(map(len, theirs))
     # sacrebleu takes one list for the first reference of each caption, one for the second, …; None where there is none.
-    streams = [[own[i] if i < len(own) else None for own in theirs] for i in range(most)]
+    streams: Any = [[own[i] if i < len(own) else None for own in theirs] for i in range(most)]
     scores = {}
     for order in range(1, _ORDER + 1):
         metric = BLEU(lowercase=False, tokenize="none", max_ngram_order=order, force=True)
@@ -102,9 +103,7 @@ class _Weighted:
 
 def _ngrams(caption: str) -> Counts:
     words = caption.split()
-    return Counter(
-        tuple(words[i : i + order]) for order in range(1, _ORDER + 1) for i in range(len(words) - order + 1)
-    )
+    return Counter(tuple(words[i : i + order]) for order in range(1, _ORDER + 1) for i in range(len(words) - order + 1))
 
 
 def _common(one: Sequence[str], other: Sequence[str]) -> int:

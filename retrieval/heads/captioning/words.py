@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from retrieval.errors import DataError, ModelError
 
@@ -40,7 +40,7 @@ class Words:
         """
         tokenizer = Tokenizer(models.BPE(unk_token=_SPECIAL[UNKNOWN]))
         tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.Lowercase(), normalizers.Replace(_regex(), " "), normalizers.Strip()]
+            [normalizers.Lowercase(), normalizers.Replace(Regex(_OTHER), " "), normalizers.Strip()]
         )
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         tokenizer.decoder = decoders.Metaspace()
@@ -73,9 +73,3 @@ class Words:
     def decode(self, pieces: Iterable[Sequence[int]]) -> list[str]:
         """Captions of their pieces; what is no text is left out."""
         return [self.tokenizer.decode(list(ids)) for ids in pieces]
-
-
-def _regex() -> object:
-    from tokenizers import Regex
-
-    return Regex(_OTHER)
