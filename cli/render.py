@@ -413,6 +413,12 @@ def answers(found: Sequence[Prediction]) -> None:
         _raw_line(f"{_one_field(said)}\t{told}\t{_one_field(what)}")
 
 
+def captions(photos: Sequence[Path], said: Sequence[str]) -> None:
+    """One line a photo: the caption alone of a single one, else path and caption (escaped as those of `matches`)."""
+    for photo, caption in zip(photos, said, strict=True):
+        _raw_line(caption if len(photos) == 1 else f"{_one_field(str(photo))}\t{caption}")
+
+
 def metrics(values: Mapping[str, float], title: str) -> None:
     """Measures as a table on a terminal, as TSV on a pipe. Shares are printed in percent on the terminal only."""
     if not sys.stdout.isatty():

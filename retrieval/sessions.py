@@ -6,6 +6,7 @@ Both read the same files. Everything about threads, memory and the arithmetic of
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, Protocol, TypeAlias
@@ -94,11 +95,16 @@ class OnnxRuntimeSession:
 
     def run(self, batch: NDArray[Any]) -> Vectors:
         """A batch through the graph, see :class:`Session`."""
+        output: Vectors = self.compute({self._input: batch})[0]
+        return output
+
+    def compute(self, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """All outputs of a graph with several inputs, by name. ModelError when they do not fit it."""
         try:
-            output: Vectors = self._session.run(None, {self._input: batch})[0]
+            outputs: list[NDArray[Any]] = self._session.run(None, inputs)
         except Exception as error:
             raise _cannot_run(self._path, error) from error
-        return output
+        return outputs
 
 
 class OpenVinoSession:
