@@ -3,8 +3,8 @@
 python -m benchmarks.captions DATA DECODER [TEXTONLY]
 
 DATA is the folder of the shared data. DECODER was made from pairs (`builtin`: the one that ships), TEXTONLY from
-captions alone, by the recipe of that name. Beside them stands the consensus of near captions of Flickr8k's train photos,
-which is made here. What is not in the embedding cache yet is encoded first, and does not count.
+captions alone, by the recipe of that name. Beside them stands the consensus of near captions of Flickr8k's train
+photos, which is made here. What is not in the embedding cache yet is encoded first, and does not count.
 """
 
 from __future__ import annotations
