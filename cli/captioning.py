@@ -81,7 +81,7 @@ def store(
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Caption every photo of an index from its stored vector; `search --where` finds the words in `caption`."""
+    """Caption every photo of an index from its stored vector, for `search --words` and `--where` to use."""
     from retrieval.heads.captioning.decoders import decoder_of, load_decoder
     from retrieval.heads.captioning.storing import caption_store
     from retrieval.library import Library
