@@ -16,7 +16,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from benchmarks.table import machine, write_section
-from retrieval.embedding import EmbeddingCache
+from retrieval.embedding import EmbeddingCache, cache_name
 from retrieval.encoders import BUILTIN, load_encoder
 from retrieval.heads.classify import ClassifySettings, fit
 from retrieval.heads.modalities import encode_examples
@@ -39,7 +39,7 @@ def main() -> None:
     file = options.data / "tweets" / "captions.jsonl"
     encoder = load_encoder(BUILTIN)
     examples = read_examples(file)
-    encode_examples(examples, ("image", "text"), (), encoder, cache=EmbeddingCache(encoder.fingerprint, encoder.dim))
+    encode_examples(examples, ("image", "text"), (), encoder, cache=EmbeddingCache(cache_name(encoder), encoder.dim))
     torch.set_num_threads(options.threads)
     wall = time.perf_counter()
     with threadpool_limits(options.threads):

@@ -101,7 +101,7 @@ def main(data: Path, model: str) -> None:
             told = " / ".join(f"{cosine['mean']:.4f}" for cosine in cosines.values()) or "1"
             costs = [f"{size / 1e6:.1f}", f"{milliseconds:.1f}", f"{first_query(bundle.path):.0f}", told]
             rows.append((name, *costs, *scores(encoder, None if encoder is exact else exact, data)))
-    runtime = "OpenVINO for pictures, ONNX Runtime for texts" if has_openvino() else "ONNX Runtime"
+    runtime = "OpenVINO for pictures where it is faster, else ONNX Runtime" if has_openvino() else "ONNX Runtime"
     write_section(
         "Precision of the stored weights",
         f"`python -m benchmarks.precision DATA MODEL` on {machine()}, one thread, {runtime}: CPU ms a picture; "

@@ -286,8 +286,7 @@ def encoder_of(work: Path, side: Side, threads: int) -> Any:
         missing("No module named 'openvino'")
     if side.precision == "bf16" and not sessions.multiplies_in_bf16():
         missing("this processor does not multiply in bf16")
-    if not side.openvino:
-        sessions.has_openvino = lambda: False  # as in an installation without the extra
+    sessions.openvino_wins = lambda _: side.openvino
     return load_encoder(spec, threads=threads, precision=side.precision)
 
 

@@ -32,6 +32,7 @@ _MODULES = {
     "import": "porting",
     "train": "training",
     "classify": "classifying",
+    "caption": "captioning",
     "models": "models",
 }
 
@@ -52,7 +53,7 @@ class _Commands(Mapping[str, Any]):
 @functools.cache
 def _command(name: str) -> Any:
     importlib.import_module(f"cli.{_MODULES[name]}")
-    group = {"models": models_app, "classify": classify_app}.get(name)
+    group = {"models": models_app, "classify": classify_app, "caption": caption_app}.get(name)
     if group is not None:
         return typer.main.get_command(group)
     single = typer.Typer(add_completion=False)
@@ -65,6 +66,15 @@ def _command(name: str) -> Any:
 class _Group(TyperGroup):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{**settings, "commands": _Commands()})
+
+
+class _PhotosFirst(TyperGroup):
+    """`caption beach.jpg` is `caption photos beach.jpg`: what does not begin with a command is for the first one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = [next(iter(self.commands)), *args]
+        return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
@@ -82,6 +92,13 @@ models_app = typer.Typer(
 classify_app = typer.Typer(
     name="classify",
     help="Say what pictures with text and columns are: fit a fusion, use it.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+caption_app = typer.Typer(
+    name="caption",
+    cls=_PhotosFirst,
+    help="Say what photos show: diptych caption PHOTO…, or one of the commands below.",
     no_args_is_help=True,
     add_completion=False,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,6 +47,12 @@ class TaskKind(str, Enum):
 
 
 ImagesOption = Annotated[Path | None, typer.Option(help="Where the pictures are, if not beside DATA.")]
+StoredOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--index", help="An index, or its folder: of pictures that it holds, vectors are taken as they are stored."
+    ),
+]
 NoCacheOption = Annotated[
     bool, typer.Option("--no-cache", help="Encode everything anew, and keep nothing for the next time.")
 ]
@@ -78,18 +85,33 @@ def fit(
         int, typer.Option(min=0, help="Further views of each photo to learn from, for --imbalance augment.")
     ] = 0,
     pixels: Annotated[
-        bool, typer.Option("--pixels/--no-pixels", help="Measure a small CNN on the pixels beside the vectors.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--pixels/--no-pixels",
+            help="Measure a small CNN on the pixels beside the vectors; default: unless there is an --index.",
+            show_default=False,
+        ),
+    ] = None,
     study: Annotated[
         bool, typer.Option("--study/--no-study", help="Compare every treatment of rare classes on one network.")
     ] = True,
     folds: Annotated[
         int, typer.Option(min=0, help="Stratified cross-validation with so many folds; 0: the split given.")
     ] = 0,
+    finetune: Annotated[
+        bool, typer.Option("--finetune", help="Send a network's gradients on into the towers; kept if better on val.")
+    ] = False,
+    blocks: Annotated[
+        int, typer.Option("--finetune-blocks", min=1, help="How many of each tower's last blocks learn then.")
+    ] = 1,
+    start: Annotated[
+        str, typer.Option("--finetune-from", metavar="NAME", help="The network to begin with, if not the best one.")
+    ] = "",
     explain: Annotated[bool, typer.Option("--explain", help="What each modality contributed on test.")] = False,
     bootstrap: Annotated[int, typer.Option(min=1, help="Draws for the 95 % intervals.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of every random number.")] = 0,
     images: ImagesOption = None,
+    index: StoredOption = None,
     no_cache: NoCacheOption = False,
     model: ModelOption = None,
     device: DeviceOption = "cpu",
@@ -112,30 +134,35 @@ def fit(
         imbalance=imbalance.value,
         balance=balance.value,
         views=views,
-        pixels=pixels,
+        pixels=index is None if pixels is None else pixels,
         study=study,
         folds=folds,
         explain=explain,
         draws=bootstrap,
         seed=seed,
         device=device,
+        finetune=blocks if finetune else 0,
+        start=start,
     )
-    spec = lasting_spec(model or BUILTIN)
-    with render.progress("fitting", "steps") as advance:
-        result, classifier = classify.fit(
-            data,
-            _loader(spec, "cpu" if device == "cpu" else "auto", threads),  # a bundle runs on the CPU in any case
-            spec,
-            settings,
-            images=images,
-            cached=not no_cache,
-            progress=advance,
-            note=render.note,
+    spec = lasting_spec(model or _model_of(index) or BUILTIN)
+    with tempfile.TemporaryDirectory(prefix="diptych-classify-") as scratch:
+        with render.progress("fitting", "steps") as advance:
+            result, classifier = classify.fit(
+                data,
+                _loader(spec, "cpu" if device == "cpu" else "auto", threads),  # a bundle runs on the CPU in any case
+                spec,
+                settings,
+                images=images,
+                index=index,
+                scratch=Path(scratch),
+                cached=not no_cache,
+                progress=advance,
+                note=render.note,
+            )
+        plain = result.to_json()
+        classifier.save(
+            out, {kept.PAGE: classification_page(result).encode(), kept.RESULT: render.json_text(plain).encode()}
         )
-    plain = result.to_json()
-    classifier.save(
-        out, {kept.PAGE: classification_page(result).encode(), kept.RESULT: render.json_text(plain).encode()}
-    )
     if json:
         render.json_out(plain)
     else:
@@ -151,6 +178,7 @@ def predict(
         bool, typer.Option("--explain", help="What each modality contributed to each answer, by leaving it out.")
     ] = False,
     images: ImagesOption = None,
+    index: StoredOption = None,
     no_cache: NoCacheOption = False,
     model: Annotated[
         str | None, typer.Option("--model", help="The encoder, where it is not where it was: the same one.")
@@ -168,6 +196,7 @@ def predict(
             data,
             _loader(model or found.encoder, device, threads),
             images=images,
+            index=index,
             cached=not no_cache,
             explain=explain,
             progress=advance,
@@ -196,6 +225,15 @@ def _loader(spec: str, device: str, threads: int | None) -> Callable[[], Encoder
     from retrieval.encoders import load_encoder
 
     return lambda: load_encoder(spec, device=device, threads=threads)
+
+
+def _model_of(index: Path | None) -> str | None:
+    """The model that an index was made with."""
+    if index is None:
+        return None
+    from retrieval.stored import open_store
+
+    return open_store(index).model.name
 
 
 def _names(given: list[str] | None) -> tuple[str, ...]:

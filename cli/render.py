@@ -398,6 +398,8 @@ def classification(result: Classification) -> None:
     else:
         for name, one in result.models.items():
             _measures_tsv(f"{name}:", one.test, one.test.intervals)
+    if result.finetuning:
+        note(result.finetuning.verdict(result.headline))
     note(f"chosen on val: {result.chosen}; {result.verdict}")
 
 
@@ -409,6 +411,12 @@ def answers(found: Sequence[Prediction]) -> None:
         what = one.image if one.image is not None else one.text
         told = "" if isinstance(one.answer, float) else f"{share:.4f}"
         _raw_line(f"{_one_field(said)}\t{told}\t{_one_field(what)}")
+
+
+def captions(photos: Sequence[Path], said: Sequence[str]) -> None:
+    """One line a photo: the caption alone of a single one, else path and caption (escaped as those of `matches`)."""
+    for photo, caption in zip(photos, said, strict=True):
+        _raw_line(caption if len(photos) == 1 else f"{_one_field(str(photo))}\t{caption}")
 
 
 def metrics(values: Mapping[str, float], title: str) -> None:

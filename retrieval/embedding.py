@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,11 +61,30 @@ def cache_name(encoder: Encoder) -> str:
     return f"{encoder.fingerprint}-bf16" if in_bf16 else encoder.fingerprint
 
 
+class KnownVectors(Protocol):
+    """Vectors of one model by key: what is in there is not encoded, and what is encoded is handed to it.
+
+    The keys are those of :func:`picture_key` and :func:`sentence_key`.
+    """
+
+    def __contains__(self, key: object) -> bool:
+        """Whether a key was there at the last refresh. May be asked by several threads."""
+
+    def refresh(self) -> None:
+        """See what is there now."""
+
+    def get(self, keys: Sequence[bytes]) -> Found:
+        """Look keys up."""
+
+    def put(self, keys: Sequence[bytes], vectors: Vectors) -> None:
+        """Keep vectors (N, D), float32. Never fails."""
+
+
 def encode_pictures(
     encoder: Encoder,
     pictures: Sequence[Picture],
     *,
-    cache: EmbeddingCache | None = None,
+    cache: KnownVectors | None = None,
     progress: Progress | None = None,
     view: View | None = None,
 ) -> Vectors:
@@ -92,7 +111,7 @@ def encode_pictures(
 def _encode_pictures(
     encoder: Encoder,
     pictures: Sequence[Picture],
-    cache: EmbeddingCache | None,
+    cache: KnownVectors | None,
     known: Container[bytes],  # keys that need not be decoded
     progress: Progress | None,
     view: View | None,
@@ -104,7 +123,7 @@ def _encode_pictures(
     cached: dict[bytes, Picture] = {}
 
     def prepare(picture: Picture, data: bytes) -> tuple[bytes, Image.Image | None]:
-        key = _picture_key(data, view.name(picture) if view else "")
+        key = picture_key(hashlib.sha256(data).digest(), view.name(picture) if view else "")
         if key in slots or key in known:
             return key, None
         image = read_photo(data, preprocessing=None if view else encoder.preprocessing).image
@@ -139,7 +158,7 @@ def _encode_pictures(
     return unique if len(slots) == len(pictures) else unique[where]
 
 
-def _fetch(encoder: Encoder, cached: Mapping[bytes, Picture], cache: EmbeddingCache, view: View | None) -> Vectors:
+def _fetch(encoder: Encoder, cached: Mapping[bytes, Picture], cache: KnownVectors, view: View | None) -> Vectors:
     """The vectors that the cache had; what has been deleted meanwhile, or shows itself damaged now, is encoded."""
     found = cache.get([*cached])
     if found.known.all():
@@ -189,7 +208,7 @@ def read_all(prepare: Callable[[Picture, bytes], Result], pictures: Sequence[Pic
         raise UnreadablePictures(reasons, len(pictures))
 
 
-def encode_sentences(encoder: Encoder, texts: Sequence[str], *, cache: EmbeddingCache | None = None) -> Vectors:
+def encode_sentences(encoder: Encoder, texts: Sequence[str], *, cache: KnownVectors | None = None) -> Vectors:
     """Sentences -> (N, D) unit rows, in order, each encoded once; those in the cache not at all.
 
     The last bits of a vector may depend on the padding, and so on the sentences beside it: with a cache, the first one
@@ -197,7 +216,7 @@ def encode_sentences(encoder: Encoder, texts: Sequence[str], *, cache: Embedding
     """
     if not texts:
         return encoder.encode_texts(texts)
-    keys = {text: hashlib.sha256(_TEXT + text.encode("utf-8", "surrogatepass")).digest() for text in texts}
+    keys = {text: sentence_key(text) for text in texts}
     found = cache.get([*keys.values()]) if cache is not None else Found.nothing(len(keys))
     missing = _where(keys, ~found.known)
     parts = [found.vectors] if found.known.any() else []
@@ -211,9 +230,14 @@ def encode_sentences(encoder: Encoder, texts: Sequence[str], *, cache: Embedding
     return rows[[slots[text] for text in texts]]
 
 
-def _picture_key(data: bytes, view: str) -> bytes:
-    name = view.encode("utf-8", "surrogatepass")
-    return hashlib.sha256(_PICTURE + name + b"\0" + hashlib.sha256(data).digest()).digest()
+def picture_key(content: bytes, view: str = "") -> bytes:
+    """The key of a picture by the SHA-256 of its file, and of the view of it that was encoded."""
+    return hashlib.sha256(_PICTURE + view.encode("utf-8", "surrogatepass") + b"\0" + content).digest()
+
+
+def sentence_key(text: str) -> bytes:
+    """The key of a sentence."""
+    return hashlib.sha256(_TEXT + text.encode("utf-8", "surrogatepass")).digest()
 
 
 def picture_bytes(picture: Picture) -> bytes:
@@ -233,7 +257,7 @@ def _where(items: Iterable[Result], mask: NDArray[np.bool_]) -> list[Result]:
 class _Keeper:
     """Hands vectors to the cache in portions, and when the block ends, however it ends, what is left."""
 
-    def __init__(self, cache: EmbeddingCache | None) -> None:
+    def __init__(self, cache: KnownVectors | None) -> None:
         self.cache = cache
         self.keys: list[bytes] = []
         self.vectors: list[Vectors] = []
@@ -289,7 +313,7 @@ class Found:
 
 
 class EmbeddingCache:
-    """Vectors of one model by key, in immutable Parquet files: ``FOLDER/FINGERPRINT/*.parquet``.
+    """A :class:`KnownVectors` in immutable Parquet files: ``FOLDER/FINGERPRINT/*.parquet``.
 
     Processes may read and write at once, without a lock: a file appears whole, under a name of its own, and is deleted
     only when another holds all of its rows. What is damaged, foreign or of another width is passed over. Where nothing

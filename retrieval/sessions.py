@@ -6,6 +6,7 @@ Both read the same files. Everything about threads, memory and the arithmetic of
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, Protocol, TypeAlias
@@ -21,6 +22,7 @@ RunPrecision: TypeAlias = Literal["auto", "fp32", "bf16"]
 IMAGE_BATCH = 4  # built-in tower, ms a picture and peak: 1: 5.4, 104 MB; 4: 5.7, 184; 8: 6.5, 288; 16: 7.2, 502
 TEXT_BATCH = 64
 _BF16 = frozenset({"avx512_bf16", "amx_bf16"})
+_INT8 = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 class Session(Protocol):
@@ -61,11 +63,16 @@ def image_precision(bundle: Path, stored: str, asked: RunPrecision) -> str:
 
 
 def open_image_session(path: Path, lanes: int, precision: str) -> Session:
-    """Open an image graph in what :func:`image_precision` says, with OpenVINO where that is installed.
+    """Open an image graph in what :func:`image_precision` says, for so many runs at a time, each on one thread."""
+    return OpenVinoSession(path, lanes, precision) if openvino_wins(precision) else OnnxRuntimeSession(path, 1)
 
-    It is made for so many runs at a time, each on one thread.
+
+def openvino_wins(precision: str) -> bool:
+    """Whether OpenVINO is installed and faster than ONNX Runtime: in bf16, and in int8 where the processor has VNNI.
+
+    In int8 without it (AVX2 alone) it takes twice the time, in fp32 a tenth more: benchmarks/speed.py.
     """
-    return OpenVinoSession(path, lanes, precision) if has_openvino() else OnnxRuntimeSession(path, 1)
+    return has_openvino() and (precision == "bf16" or (precision == "int8" and bool(_INT8 & processor_flags())))
 
 
 def has_openvino() -> bool:
@@ -94,11 +101,16 @@ class OnnxRuntimeSession:
 
     def run(self, batch: NDArray[Any]) -> Vectors:
         """A batch through the graph, see :class:`Session`."""
+        output: Vectors = self.compute({self._input: batch})[0]
+        return output
+
+    def compute(self, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """All outputs of a graph with several inputs, by name. ModelError when they do not fit it."""
         try:
-            output: Vectors = self._session.run(None, {self._input: batch})[0]
+            outputs: list[NDArray[Any]] = self._session.run(None, inputs)
         except Exception as error:
             raise _cannot_run(self._path, error) from error
-        return output
+        return outputs
 
 
 class OpenVinoSession:

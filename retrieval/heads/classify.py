@@ -6,30 +6,33 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from retrieval.embedding import EmbeddingCache, Progress
+from retrieval.embedding import EmbeddingCache, KnownVectors, Progress, cache_name
 from retrieval.encoders import Encoder
 from retrieval.errors import DataError, MissingExtra, UsageError
 from retrieval.heads import Modalities
 from retrieval.heads.graph import FittedGraph, unit_rows
 from retrieval.heads.imbalance import check_installed, treated
-from retrieval.heads.modalities import IMAGE, TEXT, Column, Inputs, encode_examples
-from retrieval.heads.model import FusionClassifier, contributions
+from retrieval.heads.modalities import IMAGE, TEXT, Column, Inputs, Note, encode_examples
+from retrieval.heads.model import ENCODER, FusionClassifier, contributions
+from retrieval.heads.networks import FittedNetwork
 from retrieval.heads.pixels import PixelCNN, read_pixels
-from retrieval.heads.problem import TREATMENTS, Fitted
-from retrieval.heads.results import Classification, Effect, Explanation, ModelScores
-from retrieval.heads.rounds import CNN_NAME, Note, Round, Run, Table
+from retrieval.heads.problem import TREATMENTS, Fitted, Part
+from retrieval.heads.results import Classification, Effect, Explanation, Finetuning, ModelScores
+from retrieval.heads.rounds import CNN_NAME, Round, Run, Table
 from retrieval.heads.scores import HEADLINE, detail, score
 from retrieval.heads.settings import ClassifySettings
-from retrieval.heads.splits import fold_rows, split_rows
+from retrieval.heads.splits import RowNumbers, fold_rows, split_rows
 from retrieval.heads.targets import Known, Target, labels_of
 from retrieval.heads.variants import ALONE, FUSED
 from retrieval.metrics import difference, evaluate_retrieval
+from retrieval.onnx_encoder import OnnxEncoder
 from retrieval.pair_formats import some
 from retrieval.pairs import Example, read_examples
+from retrieval.stored import StoredVectors, open_store
 
 _STUDIED = "early-mlp"  # the network that the treatments of rare classes are compared on
 _FEW = 10  # rows of a class: too few to say much of it
@@ -42,6 +45,8 @@ def fit(
     settings: ClassifySettings,
     *,
     images: Path | None = None,
+    index: Path | None = None,
+    scratch: Path | None = None,
     cached: bool = True,
     progress: Progress | None = None,
     note: Note | None = None,
@@ -54,15 +59,21 @@ def fit(
         encoder_spec: what it is loaded by, for the model to remember.
         settings: what to fit.
         images: where the pictures are, if not beside the source.
+        index: of whose pictures the vectors are taken as they are stored; the others are encoded.
+        scratch: a folder for fine-tuned towers, which the model refers to until it is saved.
         cached: read and keep vectors in the one cache.
         progress: called with (done, in all) of what takes long.
         note: told of what is left out, drawn or odd.
 
     Raises:
         DataError: of the data; see :func:`retrieval.pairs.read_examples`, and what they hold.
+        ModelMismatch: the index holds vectors of another model.
+        StoreError: there is no index, or it cannot be read.
     """
     began = time.process_time()
     settings.check()
+    if settings.finetune and scratch is None:
+        raise UsageError("fine-tuned towers need a folder until they are saved with the classifier: name a scratch")
     check_installed(settings.imbalance)
     notes: list[str] = []
 
@@ -90,7 +101,9 @@ def fit(
     columns = [Column.of(name, known if settings.folds else learnt) for name in settings.columns]
     names = _modalities(known, settings.columns)
     encoder = encoder_of() if {IMAGE, TEXT} & set(names) else None
-    table = _encode(known, names, columns, encoder, settings, cached, progress, tell)
+    if settings.finetune and encoder is None:
+        raise DataError("there are no towers to fine-tune: no row has a picture or a text")
+    table = _encode(known, names, columns, encoder, settings, index, cached, progress, tell)
     rounds = [Round(table, target, names, part, settings, tell) for part in parts]
     runs = [one.run(settings.variants or tuple(FUSED), progress) for one in rounds]
     result, chosen = _summary(source, encoder, target, names, settings, rounds, runs, notes, tell)
@@ -103,8 +116,6 @@ def fit(
         result = replace(result, effects=_study(rounds[0], tell))
     if (graph := runs[0].fitted.get("graph")) is not None and not settings.folds:
         result = replace(result, sharing=_sharing(rounds[0], table, graph))
-    if settings.explain:
-        result = replace(result, explanation=_explained(rounds[0], runs[0].fitted[chosen], names))
     model = FusionClassifier(
         encoder.fingerprint if encoder else "",
         encoder_spec if encoder else "",
@@ -115,6 +126,12 @@ def fit(
         final.scaling,
         fitted[chosen],
     )
+    test = rounds[0].test
+    if settings.finetune and scratch:
+        result, model, test = _finetuned(model, result, rounds[0], runs[0], table, settings, scratch, cached, progress)
+    if settings.explain:
+        shown = model.fitted if not settings.folds else runs[0].fitted[chosen]  # with folds, it has seen these rows
+        result = replace(result, explanation=_explained(test, target, shown, names))
     return replace(result, seconds=time.process_time() - began, notes=tuple(notes)), model
 
 
@@ -157,6 +174,7 @@ def predict(
     encoder_of: Callable[[], Encoder],
     *,
     images: Path | None = None,
+    index: Path | None = None,
     cached: bool = True,
     explain: bool = False,
     progress: Progress | None = None,
@@ -166,17 +184,20 @@ def predict(
 
     Raises:
         DataError: the source cannot be read, or its columns are of other kinds.
-        ModelMismatch: the encoder is another one than the model was fitted with.
+        ModelMismatch: the encoder, or the index whose stored vectors are to be taken, is of another model than the
+            classifier was fitted with.
     """
     examples = read_examples(source, images)
     encoder = None
     if model.fingerprint:
         encoder = encoder_of()
         model.check(encoder.fingerprint)
-    cache = EmbeddingCache(encoder.fingerprint, encoder.dim) if encoder and cached else None
+    cache = _known_vectors(encoder, index, cached)
     tables = encode_examples(
         examples, model.modalities, model.columns, encoder, cache=cache, progress=progress, note=note
     )
+    if note:
+        _tell_of_index(cache, note)
     inputs = model.inputs(tables)
     outputs = model.fitted.predict(inputs)
     nothing = int((~inputs.present.any(axis=1)).sum())
@@ -217,18 +238,33 @@ def _modalities(examples: Sequence[Example], columns: Sequence[str]) -> tuple[st
     return tuple(names)
 
 
+def _known_vectors(encoder: Encoder | None, index: Path | None, cached: bool) -> KnownVectors | None:
+    """What need not be encoded: what the index holds, and behind it the one cache."""
+    if encoder is None:
+        return None
+    cache = EmbeddingCache(cache_name(encoder), encoder.dim) if cached else None
+    return StoredVectors(open_store(index), encoder, cache) if index else cache
+
+
+def _tell_of_index(cache: KnownVectors | None, tell: Note) -> None:
+    if isinstance(cache, StoredVectors):
+        tell(f"the index has the vectors of {cache.pictures} of the pictures: nothing of them was decoded or encoded")
+
+
 def _encode(
     examples: Sequence[Example],
     names: Sequence[str],
     columns: Sequence[Column],
     encoder: Encoder | None,
     settings: ClassifySettings,
+    index: Path | None,
     cached: bool,
     progress: Progress | None,
     tell: Note,
 ) -> Table:
-    cache = EmbeddingCache(encoder.fingerprint, encoder.dim) if encoder and cached else None
+    cache = _known_vectors(encoder, index, cached)
     tables = encode_examples(examples, names, columns, encoder, cache=cache, progress=progress, note=tell)
+    _tell_of_index(cache, tell)
     empty = np.all([np.isnan(table).any(axis=1) for table in tables.values()], axis=0)
     if empty.any():
         tell(f"{int(empty.sum())} rows have nothing of {', '.join(names)}: they can only be guessed")
@@ -301,6 +337,103 @@ def _summary(
     return result, chosen
 
 
+def _finetuned(
+    model: FusionClassifier,
+    result: Classification,
+    one: Round,
+    run: Run,
+    table: Table,
+    settings: ClassifySettings,
+    scratch: Path,
+    cached: bool,
+    progress: Progress | None,
+) -> tuple[Classification, FusionClassifier, Part]:
+    """Fine-tune a network with its towers, and keep whichever is better on val: it, or what was chosen so far.
+
+    It is measured with its towers as they were written. With the model to keep come the rows of test as it sees them.
+    """
+    from retrieval.heads.finetuning import finetune
+
+    began, frozen = time.process_time(), result.models[result.chosen]
+    name, start = _network(settings, result, one, run)
+    tuned_name = f"{name}-finetuned"
+
+    def examples(rows: RowNumbers) -> list[Example]:
+        return [table.examples[row] for row in rows]
+
+    tuned = finetune(
+        model.encoder,
+        start,
+        one.problem,
+        model.scaling,
+        examples(one.parts["train"]),
+        examples(one.val_rows),
+        scratch / ENCODER,
+        name=tuned_name,
+        blocks=settings.finetune,
+        progress=progress,
+    )
+    encoder = OnnxEncoder(tuned.bundle)
+    changed = replace(
+        model,
+        fingerprint=encoder.fingerprint,
+        encoder=str(tuned.bundle.path),
+        variant=tuned_name,
+        fitted=tuned.fitted,
+        own_encoder=True,
+    )
+    rows, count = np.concatenate([one.val_rows, one.parts["test"]]), len(one.val_rows)
+    cache = _known_vectors(encoder, None, cached)
+    inputs = changed.inputs(
+        encode_examples(examples(rows), model.modalities, model.columns, encoder, cache=cache, progress=progress)
+    )
+    val, test = inputs.take(np.arange(count)), inputs.take(np.arange(count, len(rows)))
+    outputs, target = tuned.fitted.predict(test), model.target
+    blocks = f"the last {settings.finetune} blocks" if settings.finetune > 1 else "the last block"
+    scored = ModelScores(
+        name=tuned_name,
+        modality="",
+        stage="fine-tuned",
+        about=f"{name}, its gradients sent on into {blocks} of each tower.",
+        val=one.problem.score(tuned.fitted.predict(val)),
+        test=score(target, one.test.right, outputs, settings.draws),
+        details=detail(target, one.test.right, outputs),
+        seconds=time.process_time() - began,
+        parameters=tuned.parameters,
+    )
+    kept = scored.val > frozen.val
+    by_name = {scores.name: scores for scores in (*result.baselines, *result.models.values())}
+    less = {result.chosen: frozen, name: by_name[name]}
+    result = replace(
+        result,
+        models={**result.models, tuned_name: scored},
+        finetuning=Finetuning(
+            tuned_name,
+            name,
+            result.chosen,
+            settings.finetune,
+            kept,
+            scored.val,
+            frozen.val,
+            {of: difference(scored.test, scores.test) for of, scores in less.items()},
+        ),
+    )
+    if not kept:
+        return result, model, one.test
+    alone = {of: difference(scored.test, result.models[of].test) for of in result.differences}
+    return replace(result, chosen=tuned_name, differences=alone), changed, Part(test, one.test.right)
+
+
+def _network(settings: ClassifySettings, result: Classification, one: Round, run: Run) -> tuple[str, FittedNetwork]:
+    """The network to fine-tune: the one asked for, or chosen, or the best on val; a perceptron of a modality alone."""
+    if len(one.names) == 1:
+        return "mlp", cast("FittedNetwork", ALONE["mlp"].fit(one.problem))
+    networks = {name: model for name, model in run.fitted.items() if isinstance(model, FittedNetwork) and name in FUSED}
+    best = max(networks, key=lambda name: result.models[name].val)
+    name = settings.start or (result.chosen if result.chosen in networks else best)
+    return name, networks[name]
+
+
 def _study(one: Round, tell: Note) -> list[Effect]:
     """The same network under every treatment that there is material for."""
     effects = []
@@ -346,14 +479,13 @@ def _sharing(one: Round, table: Table, graph: Fitted) -> dict[str, dict[str, flo
     return measured
 
 
-def _explained(one: Round, fitted: Fitted, names: tuple[str, ...]) -> Explanation:
-    inputs: Inputs = one.test.inputs
+def _explained(test: Part, target: Target, fitted: Fitted, names: tuple[str, ...]) -> Explanation:
+    inputs: Inputs = test.inputs
     if len(names) == 1:
         raise UsageError("with one modality alone there is nothing to leave out: --explain is for several")
-    headline, target = HEADLINE[one.problem.target.task], one.problem.target
 
     def measured(of: Inputs) -> float:
-        return score(target, one.test.right, fitted.predict(of))[headline]
+        return score(target, test.right, fitted.predict(of))[HEADLINE[target.task]]
 
     return Explanation(
         names,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from indexes.vectors import exact_search
 from retrieval.heads.imbalance import treated
 from retrieval.heads.modalities import IMAGE, TEXT, Inputs
-from retrieval.heads.networks import Recipe, dropped, learn, loss_function, right_tensor
+from retrieval.heads.networks import Recipe, dropped, learn, loss_function, right_tensor, tensors
 from retrieval.heads.problem import Arrays, Fitted, Problem, link
 from retrieval.heads.scores import Outputs
 from retrieval.heads.targets import Target
@@ -178,8 +178,7 @@ def gather(own: Tensor, nodes: Tensor, edges: Tensor) -> Tensor:
 def _train(fitted: FittedGraph, problem: Problem, right: NDArray[Any]) -> None:
     network, target, device = fitted.network, problem.target, problem.device
     nodes, val = fitted.nodes, problem.val.inputs
-    tables = [torch.from_numpy(np.ascontiguousarray(table)).to(device) for table in nodes.values]
-    present = torch.from_numpy(nodes.present.astype(np.float32)).to(device)
+    tables, present = tensors(nodes, device)
     edges, val_edges = fitted.inside, [fitted.edges(i, val) for i in range(len(tables))]
     first = [gather(table, table, edge) for table, edge in zip(tables, edges, strict=True)]  # needs no weights: once
     rights = right_tensor(target, right, device)

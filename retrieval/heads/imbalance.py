@@ -37,24 +37,19 @@ def class_weights(right: NDArray[Any], classes: int) -> NDArray[np.float64]:
     return np.where(counts > 0, len(right) / (there * np.maximum(counts, 1)), 1.0)
 
 
-def focal_loss(logits: Tensor, right: Tensor, weight: Tensor | None = None, gamma: float = GAMMA) -> Tensor:
+def focal_loss(logits: Tensor, right: Tensor, gamma: float = GAMMA) -> Tensor:
     """Mean of -(1 - p)^γ log p, p of the right class: easy rows count less (Lin et al. 2017, arXiv:1708.02002).
 
     Args:
         logits: (B, C).
         right: (B,) int64 classes; or (B, C) zeros and ones of labels, and then the mean is over both.
-        weight: (C,) of the classes; the mean is then a weighted one.
         gamma: 0 is the cross-entropy.
     """
     if right.ndim == 2:
         entropy = F.binary_cross_entropy_with_logits(logits, right, reduction="none")
         return (entropy * (1 - torch.exp(-entropy)) ** gamma).mean()
     log_share = F.log_softmax(logits, dim=1).gather(1, right[:, None])[:, 0]
-    losses = -((1 - log_share.exp()) ** gamma) * log_share
-    if weight is None:
-        return losses.mean()
-    own = weight[right]
-    return (losses * own).sum() / own.sum()
+    return (-((1 - log_share.exp()) ** gamma) * log_share).mean()
 
 
 def treated(problem: Problem) -> Part:

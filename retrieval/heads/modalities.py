@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from indexes.vectors import Vectors
 from retrieval.embedding import (
-    EmbeddingCache,
+    KnownVectors,
     Progress,
     UnreadablePictures,
     View,
@@ -33,7 +33,7 @@ from retrieval.pairs import Example, Picture
 IMAGE, TEXT = "image", "text"
 Note = Callable[[str], None]
 _MOST_CATEGORIES = 200
-_FURTHEST = 10.0  # standard deviations: what lies further out of a column is measured wrongly, or of another unit
+FURTHEST = 10.0  # standard deviations: what lies further out of a column is measured wrongly, or of another unit
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def encode_examples(
     columns: Sequence[Column],
     encoder: Encoder | None,
     *,
-    cache: EmbeddingCache | None = None,
+    cache: KnownVectors | None = None,
     progress: Progress | None = None,
     view: View | None = None,
     note: Note | None = None,
@@ -157,7 +157,7 @@ def encode_examples(
 def _encode_readable(
     encoder: Encoder,
     pictures: Sequence[Picture],
-    cache: EmbeddingCache | None,
+    cache: KnownVectors | None,
     progress: Progress | None,
     view: View | None,
     note: Note | None,
@@ -250,6 +250,6 @@ class Scaling:
         present = np.stack([~np.isnan(tables[name]).any(axis=1) for name in self.mean], axis=1)
         values = []
         for i, (name, mean) in enumerate(self.mean.items()):
-            scaled = np.clip((tables[name] - mean) / self.std[name], -_FURTHEST, _FURTHEST)
+            scaled = np.clip((tables[name] - mean) / self.std[name], -FURTHEST, FURTHEST)
             values.append(np.where(present[:, i : i + 1], scaled, 0).astype(np.float32))
         return Inputs(tuple(self.mean), tuple(values), present)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexes.manifest import replacing
+from retrieval.bundle import Bundle
 from retrieval.errors import ModelError, UsageError
 from retrieval.heads import Modalities, check_fingerprint
 from retrieval.heads.graph import load_graph
@@ -27,6 +28,7 @@ from retrieval.heads.targets import Target
 
 FORMAT = 1
 SETTINGS, ARRAYS, PAGE, RESULT = "classifier.json", "classifier.npz", "report.html", "result.json"
+ENCODER = "encoder"  # folder in a classifier's own: towers that were fine-tuned with it
 _DAMAGED = (ValueError, KeyError, TypeError, RuntimeError, AttributeError, EOFError, zipfile.BadZipFile)
 
 
@@ -36,13 +38,14 @@ class FusionClassifier:
 
     Attributes:
         fingerprint: of the encoder whose vectors image and text are; empty where neither is used.
-        encoder: how the encoder is loaded.
+        encoder: how the encoder is loaded; of towers that were fine-tuned with the classifier, where their bundle is.
         variant: the name of the fusion.
         target: what is predicted.
         modalities: by name, in order.
         columns: those of them that are named columns.
         scaling: of the rows that were learnt from.
         fitted: the model itself, on standardised inputs.
+        own_encoder: the encoder's bundle belongs to the classifier, and lies in its folder.
     """
 
     fingerprint: str
@@ -53,6 +56,7 @@ class FusionClassifier:
     columns: tuple[Column, ...]
     scaling: Scaling
     fitted: Fitted
+    own_encoder: bool = False
 
     def inputs(self, modalities: Modalities) -> Inputs:
         """Standardise tables; one that is not given is missing in all rows.
@@ -85,12 +89,14 @@ class FusionClassifier:
 
         Raises:
             UsageError: it exists, or cannot be made.
+            ModelError: the encoder's bundle is not there any more.
         """
         refuse(folder)
         fields = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
-            "encoder": self.encoder,
+            "encoder": ENCODER if self.own_encoder else self.encoder,
+            "own_encoder": self.own_encoder,
             "variant": self.variant,
             "target": asdict(self.target),
             "modalities": list(self.modalities),
@@ -109,6 +115,8 @@ class FusionClassifier:
             whole = {**(files or {}), SETTINGS: (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()}
             for name, data in whole.items():
                 (staging / name).write_bytes(data)
+            if self.own_encoder:
+                Bundle.load(Path(self.encoder)).copy_to(staging / ENCODER)
             staging.rename(folder)
         except OSError as error:
             shutil.rmtree(staging, ignore_errors=True)
@@ -136,19 +144,23 @@ class FusionClassifier:
                 {name: arrays[f"mean/{i}"] for i, name in enumerate(names)},
                 {name: arrays[f"std/{i}"] for i, name in enumerate(names)},
             )
+            own_encoder = fields.get("own_encoder") is True
             own = {key.removeprefix("model/"): value for key, value in arrays.items() if key.startswith("model/")}
             found = cls(
                 fingerprint=str(fields["fingerprint"]),
-                encoder=str(fields["encoder"]),
+                encoder=str(folder / ENCODER) if own_encoder else str(fields["encoder"]),
                 variant=str(fields["variant"]),
                 target=target,
                 modalities=names,
                 columns=tuple(_column(column) for column in fields["columns"]),
                 scaling=scaling,
                 fitted=load_fitted(target, fields["model"], own),
+                own_encoder=own_encoder,
             )
             found._try()
-        except (*_DAMAGED, OSError) as error:
+            if own_encoder and Bundle.load(folder / ENCODER).fingerprint != found.fingerprint:
+                raise ValueError(f"the model in {ENCODER} is not the one it was fitted with")
+        except (*_DAMAGED, OSError, ModelError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ModelError(f"{folder} cannot be read as a classifier: {reason}") from error
         return found

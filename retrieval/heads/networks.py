@@ -20,6 +20,7 @@ from retrieval.heads.scores import Outputs
 from retrieval.heads.targets import Target
 from retrieval.training.averaging import WeightAverage
 from retrieval.training.fit import FitConfig, adamw, fit_best, plain_groups
+from retrieval.training.parameters import Group
 
 _EMA = 0.98  # of the weights: what is kept does not depend on the last batch
 _PATIENCE = 6  # scores on val without a better one
@@ -96,7 +97,7 @@ class FittedNetwork:
     @torch.inference_mode()
     def _run(self, inputs: Inputs) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         self.network.eval()
-        values, present = _tensors(inputs, self.device)
+        values, present = tensors(inputs, self.device)
         logits, _, attention = self.network(values, present)
         looked = None if attention is None else attention.double().cpu().numpy()
         return logits.double().cpu().numpy(), looked
@@ -118,7 +119,8 @@ def load_network(target: Target, settings: Mapping[str, Any], arrays: Arrays) ->
     return FittedNetwork(target, network.eval(), build)
 
 
-def _tensors(inputs: Inputs, device: str) -> tuple[list[Tensor], Tensor]:
+def tensors(inputs: Inputs, device: str) -> tuple[list[Tensor], Tensor]:
+    """M tables (N, width), and who has what (N, M), on a device."""
     values = [torch.from_numpy(np.ascontiguousarray(table)).to(device) for table in inputs.values]
     return values, torch.from_numpy(inputs.present.astype(np.float32)).to(device)
 
@@ -128,17 +130,15 @@ def loss_function(problem: Problem, train: Part) -> Callable[[Tensor, Tensor], T
     target = problem.target
     if target.task == "number":
         return lambda logits, right: F.smooth_l1_loss(logits[:, 0], right)
+    if problem.treatment == "focal":
+        return focal_loss
     weighted = problem.treatment == "class-weights"
     if target.task == "labels":
-        if problem.treatment == "focal":
-            return lambda logits, right: focal_loss(logits, right)
         share = train.right.mean(axis=0).clip(0.01, 0.99)
         positive = torch.tensor(np.minimum((1 - share) / share, 10), dtype=torch.float32, device=problem.device)
         return lambda logits, right: F.binary_cross_entropy_with_logits(
             logits, right, pos_weight=positive if weighted else None
         )
-    if problem.treatment == "focal":
-        return lambda logits, right: focal_loss(logits, right)
     weight = torch.tensor(class_weights(train.right, target.outputs), dtype=torch.float32, device=problem.device)
     return lambda logits, right: F.cross_entropy(logits, right, weight=weight if weighted else None)
 
@@ -167,33 +167,50 @@ def _train(variant: Network, problem: Problem, weights: Sequence[float]) -> Fitt
         torch.manual_seed(problem.seed)
         network = FusionNet(**build).to(problem.device)
         train = treated(problem)
-        values, present = _tensors(train.inputs, problem.device)
+        values, present = tensors(train.inputs, problem.device)
         right = right_tensor(target, train.right, problem.device)
-        val_values, val_present = _tensors(problem.val.inputs, problem.device)
+        val_values, val_present = tensors(problem.val.inputs, problem.device)
         val_right = right_tensor(target, problem.val.right, problem.device)
-        loss_of = loss_function(problem, train)
-        balance = OGM(network) if problem.balance == "ogm-ge" and len(network.towers) > 1 else None
+        objective = Objective(network, problem, train, recipe)
 
         def step(rows: Tensor) -> Tensor:
-            shown = dropped(present[rows], recipe.drop)
-            logits, alone, _ = network([table[rows] for table in values], shown)
-            if balance and target.task == "class":
-                balance.look(alone.detach(), right[rows], shown)
-            loss = loss_of(logits, right[rows])
-            if recipe.joint and len(network.towers) > 1:
-                for i in range(alone.shape[1]):
-                    own = shown[:, i] > 0
-                    if own.any():
-                        loss = loss + recipe.joint * loss_of(alone[own, i], right[rows][own])
-            return loss
+            return objective.loss([table[rows] for table in values], present[rows], right[rows])
 
         def score() -> float:
-            logits, _, _ = network(val_values, val_present)
-            return -float(loss_of(logits, val_right))
+            return -float(objective.fused(network(val_values, val_present)[0], val_right))
 
-        slow_down = balance.slow_down if balance else lambda: None
-        learn(network, step, score, len(train), recipe, problem.seed, before_step=slow_down)
+        learn(network, step, score, len(train), recipe, problem.seed, before_step=objective.slow_down)
     return FittedNetwork(target, network, build, problem.device)
+
+
+class Objective:
+    """What a network learns by: its own loss, that of each modality alone, and modalities left out at random."""
+
+    def __init__(self, network: FusionNet, problem: Problem, train: Part, recipe: Recipe) -> None:
+        """``train``: the rows to learn from, after the treatment of rare classes."""
+        self.network, self.recipe, self.task = network, recipe, problem.target.task
+        self.fused = loss_function(problem, train)
+        several = len(network.towers) > 1
+        self.joint = recipe.joint if several else 0.0
+        self.balance = OGM(network) if problem.balance == "ogm-ge" and several and self.task == "class" else None
+
+    def loss(self, values: Sequence[Tensor], present: Tensor, right: Tensor) -> Tensor:
+        """M tables (B, width), (B, M) and what is right for B rows -> a scalar."""
+        shown = dropped(present, self.recipe.drop)
+        logits, alone, _ = self.network(values, shown)
+        if self.balance:
+            self.balance.look(alone.detach(), right, shown)
+        loss = self.fused(logits, right)
+        for i in range(alone.shape[1] if self.joint else 0):
+            own = shown[:, i] > 0
+            if own.any():
+                loss = loss + self.joint * self.fused(alone[own, i], right[own])
+        return loss
+
+    def slow_down(self) -> None:
+        """Between the gradients and the step."""
+        if self.balance:
+            self.balance.slow_down()
 
 
 def learn(
@@ -207,6 +224,7 @@ def learn(
     fewest: int = _FEWEST,
     patience: int = _PATIENCE,
     before_step: Callable[[], None] = lambda: None,
+    groups: Sequence[Group] = (),
 ) -> None:
     """Fit a network on shuffled row numbers; kept is what scores best at the end of a pass.
 
@@ -220,12 +238,13 @@ def learn(
         fewest: steps at least.
         patience: scores in a row without a better one, after which it ends.
         before_step: called between the gradients and the step.
+        groups: of the optimiser, where not all weights learn as the recipe says.
     """
     steps = max(1, count // recipe.batch)  # a pass
     total = max(recipe.epochs * steps, fewest)
     config = FitConfig(
         network,
-        adamw(plain_groups(network, recipe.learning_rate, recipe.weight_decay)),
+        adamw(groups or plain_groups(network, recipe.learning_rate, recipe.weight_decay)),
         total,
         warmup=steps,
         clip=1.0,

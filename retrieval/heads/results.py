@@ -13,6 +13,8 @@ from retrieval.heads.targets import Target
 from retrieval.metrics import Scores
 from retrieval.ranks import Values
 
+_MEASURES = {"macro_f1": "macro-F1", "r2": "R²"}  # as people write them
+
 
 @dataclass(frozen=True, eq=False)
 class Curve:
@@ -116,6 +118,41 @@ class Explanation:
 
 
 @dataclass(frozen=True, eq=False)
+class Finetuning:
+    """What it has shown to send the gradients on into the towers.
+
+    Attributes:
+        name: of the fine-tuned model, and
+        start: of the frozen network that it began as.
+        frozen: the frozen model that was chosen on val.
+        blocks: of each tower that learnt.
+        kept: whether it is better on val than ``frozen``; else it was thrown away.
+        val: its score on val, and
+        frozen_val: that of ``frozen``.
+        differences: on test, its measures less those of ``frozen`` and of ``start``, with paired intervals.
+    """
+
+    name: str
+    start: str
+    frozen: str
+    blocks: int
+    kept: bool
+    val: float
+    frozen_val: float
+    differences: Mapping[str, Scores]
+
+    def verdict(self, headline: str) -> str:
+        """Which one is kept and why, in a sentence."""
+        measure, less = _MEASURES[headline], self.differences[self.frozen]
+        low, high = less.intervals[headline]
+        first = f"{self.name} is kept" if self.kept else f"{self.frozen} is kept, with the towers as they were"
+        return (
+            f"{first}: {measure} on val {self.val:.3f} fine-tuned, {self.frozen_val:.3f} frozen; on test fine-tuning "
+            f"makes {less[headline]:+.3f} ({low:+.3f} to {high:+.3f})"
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Classification:
     """All that a fit has shown.
 
@@ -129,8 +166,9 @@ class Classification:
         headline: the measure that models are chosen by.
         baselines: every model of one modality.
         models: the best one of each modality, by its name, and every fused one, by the variant's.
-        chosen: the fused one that was best on val (or the only modality).
+        chosen: the fused one that was best on val (or the only modality); among them the fine-tuned one.
         differences: the chosen one's measures less those of each modality's best, with paired intervals.
+        finetuning: of the towers; None where it was not asked for.
         effects: of the treatments of rare classes.
         explanation: of the chosen one.
         sharing: further measures of models that have them (hit@k of a graph's outputs, before and after).
@@ -150,6 +188,7 @@ class Classification:
     models: Mapping[str, ModelScores]
     chosen: str
     differences: Mapping[str, Scores]
+    finetuning: Finetuning | None = None
     effects: Sequence[Effect] = ()
     explanation: Explanation | None = None
     sharing: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -164,7 +203,7 @@ class Classification:
             return "there is one modality alone: nothing was fused"
         beaten = [name for name, scores in self.differences.items() if scores.intervals[self.headline][0] > 0]
         others = [name for name in self.differences if name not in beaten]
-        measure = {"macro_f1": "macro-F1", "r2": "R²"}[self.headline]
+        measure = _MEASURES[self.headline]
         if not others:
             return f"{self.chosen} beats {_and(beaten)} alone on test {measure}, outside the paired 95 % interval"
         first = (
@@ -189,6 +228,7 @@ class Classification:
             "chosen": self.chosen,
             "differences": {name: plain(scores) for name, scores in self.differences.items()},
             "verdict": self.verdict,
+            "finetuning": self._finetuning_json(),
             "task": self.target.task,
             "labels": list(self.target.names),
             "modalities": list(self.modalities),
@@ -217,6 +257,20 @@ class Classification:
             ],
             "sharing": {name: dict(values) for name, values in self.sharing.items()},
             "notes": list(self.notes),
+        }
+
+    def _finetuning_json(self) -> dict[str, Any] | None:
+        found = self.finetuning
+        if found is None:
+            return None
+        return {
+            "name": found.name,
+            "start": found.start,
+            "frozen": found.frozen,
+            "blocks": found.blocks,
+            "kept": found.kept,
+            "differences": {name: plain(scores) for name, scores in found.differences.items()},
+            "verdict": found.verdict(self.headline),
         }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from retrieval.embedding import Progress
 from retrieval.errors import DataError
 from retrieval.heads import Modalities
-from retrieval.heads.modalities import IMAGE, Scaling
+from retrieval.heads.modalities import IMAGE, Note, Scaling
 from retrieval.heads.pixels import PixelCNN, Pixels
 from retrieval.heads.problem import Fitted, Part, Problem, Variant
 from retrieval.heads.scores import Outputs
@@ -23,7 +23,6 @@ from retrieval.pair_formats import some
 from retrieval.pairs import Example
 
 CNN_NAME = "cnn"
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +64,14 @@ class Round:
     ) -> None:
         self.names, self.parts = names, parts
         self.pixels = {} if table.pixels is None else {split: table.pixels[rows] for split, rows in parts.items()}
+        self.val_rows = parts["val"]  # those of them that models are chosen by
         self.scaling = Scaling.of(table.rows(parts["train"]))
         right = {split: target.encode([table.examples[row] for row in rows]) for split, rows in parts.items()}
         part = {split: Part(self.scaling.apply(table.rows(rows)), right[split]) for split, rows in parts.items()}
         if target.task == "class":
             self._check_val(target, table, part["val"], tell)
             known = np.flatnonzero(part["val"].right >= 0)
-            part["val"] = part["val"].take(known)
+            part["val"], self.val_rows = part["val"].take(known), self.val_rows[known]
             if self.pixels:
                 self.pixels["val"] = self.pixels["val"][known]
         self.test: Part = part["test"]

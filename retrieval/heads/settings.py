@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from retrieval.errors import DataError
 from retrieval.heads.modalities import IMAGE, TEXT
+from retrieval.heads.networks import Network
 from retrieval.heads.problem import TREATMENTS, Treatment
 from retrieval.heads.scores import DRAWS
 from retrieval.heads.targets import LABEL
@@ -33,6 +34,8 @@ class ClassifySettings:
         draws: of the bootstrap.
         seed: of every random number.
         device: of what is trained by gradients.
+        finetune: how many of each tower's last blocks learn with the network; 0: none.
+        start: the fusion network to fine-tune; empty: the one chosen, or where that is none the best on val.
     """
 
     target: str = LABEL
@@ -49,6 +52,8 @@ class ClassifySettings:
     draws: int = DRAWS
     seed: int = 0
     device: str = "cpu"
+    finetune: int = 0
+    start: str = ""
 
     def check(self) -> None:
         """Refuse what is not known, before anything is read: DataError."""
@@ -71,3 +76,16 @@ class ClassifySettings:
             raise DataError("a column is named twice")
         if self.imbalance == "augment" and not self.views:
             raise DataError("augmented views are made with --views: how many of each picture")
+        self._check_finetuning()
+
+    def _check_finetuning(self) -> None:
+        networks = [name for name, spec in FUSED.items() if isinstance(spec, Network)]
+        fitted = [name for name in networks if not self.variants or name in self.variants]
+        if self.finetune and self.folds:
+            raise DataError("towers are fine-tuned on the split given: leave out --finetune, or --folds")
+        if self.start and not self.finetune:
+            raise DataError("a network to begin with is for fine-tuning: add --finetune")
+        if self.start and self.start not in fitted:
+            raise DataError(f"{self.start!r} cannot be fine-tuned: fitted networks are {', '.join(fitted) or 'none'}")
+        if self.finetune and not fitted:
+            raise DataError(f"no network is among the variants, to be fine-tuned: networks are {', '.join(networks)}")

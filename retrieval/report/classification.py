@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +25,7 @@ from retrieval.report.charts import (
 
 if TYPE_CHECKING:  # what measures needs scikit-learn, what shows does not
     from retrieval.heads.results import Classification, ModelScores
+    from retrieval.metrics import Scores
 
 _COLOURS = ("t2i", "i2t", "good", "bad", "even")
 _CURVES = len(_COLOURS)  # classes whose curves are drawn: the most frequent ones
@@ -38,20 +38,17 @@ _STAGES = {
     "intermediate": "Intermediate",
     "graph": "Over a graph",
     "late": "Late: outputs joined",
+    "fine-tuned": "With towers fine-tuned",
 }
 
 
-def write_classification_page(result: Classification, file: Path | None = None) -> Path:
-    """Write the page of a fitted classifier; to a temporary file when none is named."""
-    return page.written(classification_page(result), file)
-
-
 def classification_page(result: Classification) -> str:
-    """The page of :func:`write_classification_page` as text: the same for the same result."""
+    """The page of a fitted classifier as text: the same for the same result."""
     sections = [
         _head(result),
         _models(result),
         *_difference(result),
+        *_finetuning(result),
         *_classes(result),
         *_confusion(result),
         *_curves(result),
@@ -118,9 +115,26 @@ def _model_row(result: Classification, one: ModelScores, axis: Axis, guide: floa
 def _difference(result: Classification) -> list[str]:
     if not result.differences:
         return []
+    named = {f"less {name} alone": scores for name, scores in result.differences.items()}
+    note = f"{page.text(result.chosen)} less the best model of each modality alone, in points, with paired intervals."
+    return [page.section("Difference", _differences(named), note)]
+
+
+def _finetuning(result: Classification) -> list[str]:
+    found = result.finetuning
+    if found is None:
+        return []
+    named = {f"less {name}, frozen": scores for name, scores in found.differences.items()}
+    verdict = found.verdict(result.headline)
+    note = f"{page.text(found.name)} less frozen models, in points, with paired intervals. {page.text(verdict)}."
+    return [page.section("Does fine-tuning the towers pay?", _differences(named), note)]
+
+
+def _differences(named: Mapping[str, Scores]) -> str:
+    """A row for each measure of each difference."""
     found = [
         (name, measure, scores[measure], scores.intervals[measure])
-        for name, scores in result.differences.items()
+        for name, scores in named.items()
         for measure in scores
         if measure != "mae"
     ]
@@ -130,10 +144,8 @@ def _difference(result: Classification) -> list[str]:
         kind = "good" if ends[0] > 0 else "bad" if ends[1] < 0 else "even"
         told = f'<span><b class="{kind}">{page.difference("", value)}</b></span>'
         told += f" <span>{page.difference('', ends[0])} to {page.difference('', ends[1])}</span>"
-        label = page.text(f"less {name} alone: {_measure(measure)}")
-        drawn.append(row(label, whiskers([Dot(value, ends, kind)], axis, 0), told))
-    note = f"{page.text(result.chosen)} less the best model of each modality alone, in points, with paired intervals."
-    return [page.section("Difference", page.panel(rows(drawn, axis_labels(axis, signed=True))), note)]
+        drawn.append(row(page.text(f"{name}: {_measure(measure)}"), whiskers([Dot(value, ends, kind)], axis, 0), told))
+    return page.panel(rows(drawn, axis_labels(axis, signed=True)))
 
 
 # ---- classes ---------------------------------------------------------------------------------------------------------

@@ -37,6 +37,16 @@ _MOST_WORDS = 50_000  # of the captions, the most frequent; beyond it are those 
 _WORD = Regex(r"[\p{L}\p{M}\p{N}]+")  # a dog and "a dog." are the same search
 
 
+def below(blocks: nn.ModuleList, last: int) -> list[nn.Module]:
+    """A tower's blocks without the last so many."""
+    return [*blocks][: max(0, len(blocks) - last)]
+
+
+def above(blocks: nn.ModuleList, last: int) -> list[nn.Module]:
+    """The last so many of a tower's blocks."""
+    return [*blocks][max(0, len(blocks) - last) :]
+
+
 class ConvBlock(nn.Module):
     """Half the size, by a convolution of 3 x 3 with batch norm (Ioffe & Szegedy 2015, arXiv:1502.03167)."""
 
@@ -61,9 +71,19 @@ class CNN(nn.Module):
         self.blocks = nn.ModuleList(ConvBlock(i, o) for i, o in ((32, 64), (64, 128), (128, self.features)))
 
     def forward(self, pixels: Tensor) -> Tensor:
+        return self.above(self.below(pixels))
+
+    def below(self, pixels: Tensor, last: int = 0) -> Tensor:
+        """What the last so many blocks take."""
         x = F.relu(self.bn0(self.conv_stem(pixels)))  # (B, 32, H/2, W/2)
-        for block in self.blocks:
+        for block in below(self.blocks, last):
             x = block(x)  # (B, 64, H/4, W/4), (B, 128, H/8, W/8), (B, 256, H/16, W/16)
+        return x
+
+    def above(self, x: Tensor, last: int = 0) -> Tensor:
+        """What they make of it."""
+        for block in above(self.blocks, last):
+            x = block(x)
         return x.mean((2, 3))  # (B, 256)
 
 
@@ -94,10 +114,17 @@ class LSTM(nn.Module):
         return {"words"}
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = F.embedding(ids, self.words)  # (B, L, width)
+        return self.above(self.below(ids), ids != 0)
+
+    def below(self, ids: Tensor, last: int = 0) -> Tensor:  # noqa: ARG002 - there is one layer, which is the last
+        """What the layer takes: the words' vectors."""
+        return F.embedding(ids, self.words)  # (B, L, width)
+
+    def above(self, x: Tensor, mask: Tensor, last: int = 0) -> Tensor:  # noqa: ARG002
+        """What it makes of them: the state at the last word that is there, of (B, L)."""
         states, _ = self.lstm(x)  # (B, L, 512)
-        last = (ids != 0).sum(1) - 1  # (B,)
-        state: Tensor = states.gather(1, last[:, None, None].expand(-1, 1, self.features))[:, 0]  # (B, 512)
+        end = mask.sum(1) - 1  # (B,)
+        state: Tensor = states.gather(1, end[:, None, None].expand(-1, 1, self.features))[:, 0]  # (B, 512)
         return state
 
 

@@ -237,18 +237,23 @@ class TrainConfig:
 
 def load_config(file: Path, data: Path | None = None) -> TrainConfig:
     """Read a recipe. DataError names an unknown or a missing setting."""
+    config = _config(file, read_toml(file), {"command": f"diptych train --config {file.name} --data DATA"})
+    return replace(config, data=str(data)) if data else config
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """Read the tables of a recipe of any kind. DataError when it cannot be read, or is no TOML."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
     try:
-        settings = tomllib.loads(file.read_text("utf-8"))
+        tables: dict[str, Any] = tomllib.loads(file.read_text("utf-8"))
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"{file} is not TOML: {error}") from error
-    config = _config(file, settings, {"command": f"diptych train --config {file.name} --data DATA"})
-    return replace(config, data=str(data)) if data else config
+    return tables
 
 
 def config_from_json(file: Path) -> TrainConfig:
@@ -268,24 +273,26 @@ def config_from_json(file: Path) -> TrainConfig:
 
 
 def _config(file: Path, settings: dict[str, Any], nested: dict[str, Any]) -> TrainConfig:
-    nested["sources"] = tuple(_settings(file, Source, table) for table in _listed(settings.pop("sources", [])))
+    nested["sources"] = tuple(read_settings(file, Source, table) for table in listed(settings.pop("sources", [])))
     for name in ("tests", "guard"):
-        nested[name] = tuple(_settings(file, Test, table) for table in _listed(settings.pop(name, [])))
-    nested["unlabelled"] = tuple(_settings(file, Unlabelled, item) for item in _listed(settings.pop("unlabelled", [])))
+        nested[name] = tuple(read_settings(file, Test, table) for table in listed(settings.pop(name, [])))
+    nested["unlabelled"] = tuple(
+        read_settings(file, Unlabelled, item) for item in listed(settings.pop("unlabelled", []))
+    )
     if "vocabulary" in settings:
-        nested["vocabulary"] = _settings(file, Vocabulary, settings.pop("vocabulary"))
+        nested["vocabulary"] = read_settings(file, Vocabulary, settings.pop("vocabulary"))
     if "lexicon" in settings:
-        nested["lexicon"] = _settings(file, Lexicon, settings.pop("lexicon"))
+        nested["lexicon"] = read_settings(file, Lexicon, settings.pop("lexicon"))
     if settings.get("model") == CLASSIC:
         settings = {**CLASSIC_SETTINGS, **settings}
-    return _settings(file, TrainConfig, settings, nested)
+    return read_settings(file, TrainConfig, settings, nested)
 
 
 _KINDS = {"str": (str,), "str | None": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
 _LISTS = ("tuple[str, ...]", "tuple[float, ...]", "tuple[int, ...]")
 
 
-def _settings(file: Path, kind: type[Settings], table: Any, nested: Mapping[str, Any] | None = None) -> Settings:
+def read_settings(file: Path, kind: type[Settings], table: Any, nested: Mapping[str, Any] | None = None) -> Settings:
     """One table of a recipe; DataError names a setting that is unknown, missing or of a wrong type."""
     kinds = {field.name: str(field.type) for field in fields(cast("Any", kind))}
     known = {name: (list,) if text in _LISTS else _KINDS.get(text, (str,)) for name, text in kinds.items()}
@@ -305,7 +312,8 @@ def _settings(file: Path, kind: type[Settings], table: Any, nested: Mapping[str,
         raise DataError(f"{file}: {str(error).partition('() ')[2] or error}") from error
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """An array of tables as it is, and a single table as an array of one."""
     return value if isinstance(value, list) else [value]
 
 

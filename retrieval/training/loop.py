@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retrieval.bundle import Bundle
-from retrieval.encoders import find_bundle, lasting_spec, load_encoder
+from retrieval.encoders import lasting_spec, load_encoder
 from retrieval.errors import DataError, ModelError, UsageError
 from retrieval.evaluation import classify, dataset_name, evaluate, mean_vectors, prompts_of
 from retrieval.metrics import evaluate_classification, evaluate_retrieval
@@ -38,15 +37,14 @@ from retrieval.training.averaging import Interpolation, WeightAverage, choose_in
 from retrieval.training.averaging import Scores as Mixed
 from retrieval.training.config import TrainConfig
 from retrieval.training.data import Batch, Data, HeldOut, Pairs, Sampler, Towers, image_features
-from retrieval.training.export import write_graphs
 from retrieval.training.features import FrozenTowers, OneFrozen
 from retrieval.training.fit import FitConfig, adamw, check_finite, fit
 from retrieval.training.lexicon import Nouns
 from retrieval.training.lora import add_lora, merge_lora
 from retrieval.training.losses import OBJECTIVES, info_nce, matryoshka, mutual_information_bound, relation_distillation
 from retrieval.training.mining import HardNegatives, mine
-from retrieval.training.models import StartModel, frozen_encoder, start_model
-from retrieval.training.open_clip_models import SCRATCH, OpenClipEncoder
+from retrieval.training.models import StartModel, described, frozen_encoder, software, start_model
+from retrieval.training.open_clip_models import OpenClipEncoder
 from retrieval.training.parameters import clamp_scale, trainable_groups
 from retrieval.training.pictures import TrainedTowers
 from retrieval.training.run import PAGE, Checkpoint, RunFolder, load_optimizer, optimizer_tensors
@@ -488,25 +486,13 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _write_bundle(
     config: TrainConfig, start: StartModel, data: Data, output: Path, chosen: Interpolation | None
 ) -> Bundle:
-    start.model.eval().cpu()
-    image, text, any_length = start.model.exported()
-    write_graphs(
-        output,
-        image=image,
-        text=text,
-        tokenizer_json=start.tokenizer_json,
-        preprocessing=start.preprocessing,
-        context_length=start.context_length,
-        any_length=any_length,
-        precision=config.precision,
-    )
     # What stands elsewhere in the record, or is nobody's business.
     told = ("data", "sources", "unlabelled", "word_vectors", "tests", "guard", "licence", "model", "teacher", "command")
     record = {
         "command": config.command,
         "data": data.record,
         "settings": {k: v for k, v in asdict(config).items() if k not in told},
-        "software": {"diptych": version("diptych"), "python": platform.python_version(), "torch": torch.__version__},
+        "software": software(),
         "hardware": _hardware(config.device),
     }
     if data.teacher:
@@ -514,25 +500,8 @@ def _write_bundle(
     if chosen:
         record["interpolation"] = {"share": chosen.share, "reason": chosen.reason}
     if config.model:
-        folder = None if config.model.startswith(SCRATCH) else find_bundle(config.model)
-        first = Bundle.load(folder) if folder else None
-        record["start"] = (
-            {"name": first.name, "fingerprint": first.fingerprint, "training": first.training}
-            if first
-            else {"name": config.model}
-        )
-    return Bundle(
-        path=output,
-        name=config.name,
-        dim=start.dim,
-        preprocessing=start.preprocessing,
-        context_length=start.context_length,
-        score_scale=float(start.model.scale().detach()),
-        precision={"image": config.precision, "text": config.precision},
-        licence=config.licence,
-        source=start.source,
-        training=record,
-    ).save()
+        record["start"] = described(config.model)
+    return start.write(output, config.name, config.precision, licence=config.licence, training=record)
 
 
 def _hardware(device: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from tokenizers import Tokenizer
 
 from retrieval import torch_encoder
 from retrieval.bundle import IMAGE_FILE, MODEL_FILE, TEXT_FILE, TOKENIZER_FILE, Bundle
-from retrieval.encoders import find_bundle
+from retrieval.encoders import Precision, find_bundle
 from retrieval.errors import DataError, ModelError
 from retrieval.images import Preprocessing
 from retrieval.onnx_encoder import OnnxEncoder
@@ -27,6 +29,7 @@ from retrieval.training.tokenizer_json import to_json
 from retrieval.training.towers import IMAGE_TOWERS, TEXT_TOWERS, DualEncoder, ProjectedTower, Trunk, minilm_folder
 from retrieval.training.word_vectors import read_word_vectors
 
+_NONE: Mapping[str, Any] = {}
 _MORE_WORDS = 20_000  # of word vectors, beyond the captions': a language's everyday words, in 12 MB of a bundle
 
 
@@ -41,6 +44,35 @@ class StartModel:
     dim: int
     source: Mapping[str, Any]  # from which the towers can be built again
 
+    def write(
+        self, folder: Path, name: str, precision: Precision, *, licence: str = "", training: Mapping[str, Any] = _NONE
+    ) -> Bundle:
+        """Write the model as it is now as a bundle into a folder that is there; it is on the CPU then."""
+        self.model.eval().cpu()
+        image, text, any_length = self.model.exported()
+        write_graphs(
+            folder,
+            image=image,
+            text=text,
+            tokenizer_json=self.tokenizer_json,
+            preprocessing=self.preprocessing,
+            context_length=self.context_length,
+            any_length=any_length,
+            precision=precision,
+        )
+        return Bundle(
+            path=folder,
+            name=name,
+            dim=self.dim,
+            preprocessing=self.preprocessing,
+            context_length=self.context_length,
+            score_scale=float(self.model.scale().detach()),
+            precision={"image": precision, "text": precision},
+            licence=licence,
+            source=self.source,
+            training=training,
+        ).save()
+
 
 def start_model(config: TrainConfig, note: Note | None = None) -> StartModel:
     """The model that a config begins with.
@@ -52,11 +84,7 @@ def start_model(config: TrainConfig, note: Note | None = None) -> StartModel:
     if config.model.startswith(SCRATCH):
         return _open_clip(*create(config.model.removeprefix(SCRATCH)), config)
     if config.model:
-        folder = find_bundle(config.model)
-        if folder is None:
-            encoder = torch_encoder.load(config.model, precision="fp32")
-            return _open_clip(encoder.model, encoder.architecture, encoder.tokenizer, config, encoder.preprocessing)
-        return start_from_bundle(config.model, config)
+        return start_from(config.model, config)
     tokenizer, text = _lstm(config, note) if config.text_tower == "lstm" else _minilm(config)
     model = DualEncoder(IMAGE_TOWERS[config.image_tower][1](), text, config.dim, config.shared_trunk)
     _regularise(model, config)
@@ -126,12 +154,12 @@ def _open_clip(
     clip: Any,
     architecture: Mapping[str, Any],
     tokenizer: Any,
-    config: TrainConfig,
+    config: TrainConfig | None,
     preprocessing: Preprocessing | None = None,
 ) -> StartModel:
     any_length, context_length = any_length_text(clip) is not None, int(tokenizer.context_length)
     return StartModel(
-        OpenClipEncoder(clip, OBJECTIVES[config.objective].bias),
+        OpenClipEncoder(clip, _bias(config)),
         preprocessing or torch_encoder.default_preprocessing(clip),
         to_json(tokenizer, context_length, any_length),
         context_length,
@@ -148,6 +176,36 @@ def _regularise(model: DualEncoder, config: TrainConfig) -> None:
         model.log_scale.data.fill_(math.log(config.scale))
 
 
+def _bias(config: TrainConfig | None) -> float:
+    return OBJECTIVES[config.objective].bias if config else 0.0
+
+
+def start_from(spec: str, config: TrainConfig | None = None) -> StartModel:
+    """Torch towers with the weights of a model that :func:`retrieval.encoders.load_encoder` knows.
+
+    Raises:
+        ModelError: there is no such model, or its towers cannot be built.
+    """
+    if find_bundle(spec) is not None:
+        return start_from_bundle(spec, config)
+    encoder = torch_encoder.load(spec, precision="fp32")
+    return _open_clip(encoder.model, encoder.architecture, encoder.tokenizer, config, encoder.preprocessing)
+
+
+def described(spec: str) -> Mapping[str, Any]:
+    """What a record of training says of the model that it began with."""
+    folder = None if spec.startswith(SCRATCH) else find_bundle(spec)
+    if folder is None:
+        return {"name": spec}
+    bundle = Bundle.load(folder)
+    return {"name": bundle.name, "fingerprint": bundle.fingerprint, "training": bundle.training}
+
+
+def software() -> dict[str, str]:
+    """What a record says of the software that it was made with."""
+    return {"diptych": version("diptych"), "python": platform.python_version(), "torch": torch.__version__}
+
+
 def start_from_bundle(spec: str, config: TrainConfig | None = None) -> StartModel:
     """Torch towers with a bundle's own weights; ModelError for a bundle whose towers cannot be built."""
     folder = find_bundle(spec)
@@ -155,7 +213,8 @@ def start_from_bundle(spec: str, config: TrainConfig | None = None) -> StartMode
         raise ModelError(f"{spec} is not a bundle: write one first with  diptych models export {spec} FOLDER")
     bundle = Bundle.load(folder)
     library = bundle.source.get("library")
-    model = _open_clip_towers(bundle, config) if library == "open_clip" else _own_towers(bundle, config)
+    own = library != "open_clip"
+    model = _own_towers(bundle, config) if own else OpenClipEncoder(from_bundle(bundle), _bias(config))
     return StartModel(
         model,
         bundle.preprocessing,
@@ -164,10 +223,6 @@ def start_from_bundle(spec: str, config: TrainConfig | None = None) -> StartMode
         bundle.dim,
         bundle.source,
     )
-
-
-def _open_clip_towers(bundle: Bundle, config: TrainConfig | None) -> OpenClipEncoder:
-    return OpenClipEncoder(from_bundle(bundle), OBJECTIVES[config.objective].bias if config else 0.0)
 
 
 def _own_towers(bundle: Bundle, config: TrainConfig | None) -> DualEncoder:

@@ -109,11 +109,14 @@ class TrainedTowers:
 
     def _trunk(self, pictures: Tensor) -> Tensor:
         """Bytes to features; what is made of the bytes on the way is larger, and not kept between parts either."""
+        features: Tensor = self.model.image.trunk(self._pixels(pictures))
+        return features
+
+    def _pixels(self, pictures: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 -> (B, 3, H, W) as the tower takes them; in training augmented."""
         pixels = augment(pictures) if self.model.training else pictures.permute(0, 3, 1, 2).float() / 255
         pixels = (pixels - self.mean[:, None, None]) / self.std[:, None, None]
-        pixels = pixels.contiguous(memory_format=torch.channels_last)  # half the time of other orders
-        features: Tensor = self.model.image.trunk(pixels)
-        return features
+        return pixels.contiguous(memory_format=torch.channels_last)  # half the time of other orders
 
     def text_features(self, sentences: Tensor) -> Tensor:
         """(B, L) int64 -> (B, G). In training some words are hidden; more than ``part`` go through in parts as well."""

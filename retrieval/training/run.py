@@ -103,9 +103,8 @@ class RunFolder:
     def save(self, step: int, tensors: Mapping[str, Tensor], random: np.random.Generator) -> None:
         """Replace the checkpoint, whole or not at all. Raises DataError when the disk is full."""
         state = {"step": step, "random": random.bit_generator.state, "log": len(self.read_log())}
-        data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, _header(state))
-        with self.writing(), replacing(self.path / CHECKPOINT) as file:
-            file.write(data)
+        with self.writing():
+            write_state(self.path / CHECKPOINT, state, tensors)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -133,12 +132,7 @@ class RunFolder:
         file = self.path / CHECKPOINT
         if not file.exists():
             return None
-        try:
-            with safe_open(str(file), "pt") as stored:
-                state = json.loads(stored.metadata()["state"])
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file} is damaged ({error}): delete it to begin the run anew") from error
+        state, tensors = read_state(file)
         return Checkpoint(state["step"], tensors, state["random"], state["log"])
 
     def finish(self) -> None:
@@ -154,8 +148,22 @@ class RunFolder:
                 self.path.rmdir()
 
 
-def _header(state: Mapping[str, Any]) -> dict[str, str]:
-    return {"format": "pt", "state": json.dumps(state)}
+def write_state(file: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors, and what else is known in JSON, into one safetensors file, whole or not at all. Raises OSError."""
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    data = save(plain, {"format": "pt", "state": json.dumps(state)})
+    with replacing(file) as stream:
+        stream.write(data)
+
+
+def read_state(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what :func:`write_state` has written. DataError when it is damaged."""
+    try:
+        with safe_open(str(file), "pt") as stored:
+            state: dict[str, Any] = json.loads(stored.metadata()["state"])
+            return state, {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is damaged ({error}): delete it to begin the run anew") from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

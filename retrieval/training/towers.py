@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retrieval.errors import MissingExtra
-from retrieval.training.classic import CNN, LSTM
+from retrieval.training.classic import CNN, LSTM, above, below
 
 # (expansion, kernel, stride, output channels, repeats) of EfficientNet-B0 (Tan & Le 2019, arXiv:1905.11946, table 1).
 _BLOCKS = (
@@ -120,8 +120,18 @@ class EfficientNetLite(nn.Module):
         self.bn1 = _batch_norm(self.features)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        return self.above(self.below(pixels))
+
+    def below(self, pixels: Tensor, last: int = 0) -> Tensor:
+        """What the last so many blocks take."""
         x = _relu6(_convolve_norm(self.conv_stem, self.bn0, pixels))  # (B, 32, H/2, W/2)
-        for block in self.blocks:
+        for block in below(self.blocks, last):
+            x = block(x)
+        return x
+
+    def above(self, x: Tensor, last: int = 0) -> Tensor:
+        """What they and the top make of it."""
+        for block in above(self.blocks, last):
             x = block(x)
         x = _relu6(_convolve_norm(self.conv_head, self.bn1, x))  # (B, 1280, H/32, W/32)
         return x.mean((2, 3))  # (B, 1280)
@@ -162,13 +172,28 @@ class MiniLM(nn.Module):
         self.layers = nn.ModuleList(BertLayer(width, heads, 4 * width) for _ in range(layers))
 
     def forward(self, ids: Tensor) -> Tensor:
-        mask = (ids != 0).to(self.kind.dtype)  # (B, L)
-        bias = (mask - 1)[:, None, None, :] * 1e4
-        x = self.norm(self.tokens(ids) + self.positions.weight[: ids.shape[1]] + self.kind)  # (B, L, 384)
-        for layer in self.layers:
+        return self.above(self.below(ids), ids != 0)
+
+    def below(self, ids: Tensor, last: int = 0) -> Tensor:
+        """What the last so many layers take."""
+        bias = self._bias(ids != 0)
+        x: Tensor = self.norm(self.tokens(ids) + self.positions.weight[: ids.shape[1]] + self.kind)  # (B, L, 384)
+        for layer in below(self.layers, last):
             x = layer(x, bias)
-        pooled: Tensor = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)  # (B, 384)
+        return x
+
+    def above(self, x: Tensor, mask: Tensor, last: int = 0) -> Tensor:
+        """What they make of it, pooled over the tokens that are there, (B, L)."""
+        bias = self._bias(mask)
+        for layer in above(self.layers, last):
+            x = layer(x, bias)
+        there = mask.to(x.dtype)
+        pooled: Tensor = (x * there[..., None]).sum(1) / there.sum(1, keepdim=True).clamp(min=1)  # (B, 384)
         return pooled
+
+    def _bias(self, mask: Tensor) -> Tensor:
+        """Of the attention's scores, (B, 1, 1, L): nothing is read at padding."""
+        return (mask.to(self.kind.dtype) - 1)[:, None, None, :] * 1e4
 
 
 def load_efficientnet_lite2() -> EfficientNetLite:
@@ -261,7 +286,9 @@ class ProjectionHead(nn.Module):
         return F.normalize(self.norm(x), dim=-1)  # (B, D)
 
 
-Trunk: TypeAlias = EfficientNetLite | CNN | MiniLM | LSTM
+ImageTrunk: TypeAlias = EfficientNetLite | CNN
+TextTrunk: TypeAlias = MiniLM | LSTM
+Trunk: TypeAlias = ImageTrunk | TextTrunk
 
 
 class ProjectedTower(nn.Module):

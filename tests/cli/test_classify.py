@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -74,6 +75,21 @@ def test_predict_says_what_each_row_is(classifier, rows, tmp_path):
     lines = [line.split("\t") for line in run.stdout.splitlines()]
     assert [line[2] for line in lines] == [str(tmp_path / "a.png"), "a circle"]
     assert lines[1][0] == "circle"
+
+
+def test_an_index_gives_its_vectors(rows, tmp_path):
+    shutil.copytree(rows.parent, tmp_path / "drawings")
+    data, count = tmp_path / "drawings" / rows.name, len(rows.read_text().splitlines())
+    assert result(diptych("index", data.parent, "--json"))["embedded"] == count
+    options = ("--json", "--index", data.parent)
+    told = f"the index has the vectors of {count} of the pictures: nothing of them was decoded or encoded"
+    run = diptych("classify", "fit", data, "--out", tmp_path / "out", *options, *QUICK)
+    assert list(result(run)["models"]) == ["image", "text", "early-logistic", "late-average"]
+    assert told in run.stderr
+    run = diptych("classify", "predict", tmp_path / "out", data, *options)
+    assert len(result(run)) == count
+    assert told in run.stderr
+    assert "no index" in complaint(diptych("classify", "predict", tmp_path / "out", data, "--index", tmp_path / "no"))
 
 
 def test_mistakes_are_one_line(classifier, rows, tmp_path):

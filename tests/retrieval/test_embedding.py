@@ -319,7 +319,7 @@ def start(folder, seconds=0.004):
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     paths = paint(tmp_path / "p", 200)
-    keys = [embedding._picture_key(path.read_bytes(), "") for path in paths]
+    keys = [embedding.picture_key(hashlib.sha256(path.read_bytes()).digest()) for path in paths]
     cache, done = EmbeddingCache("colours-1", 3), [0]
     for seconds in (0, 0.013, 0.05):
         process = start(tmp_path / "p", 0.01)

@@ -33,6 +33,26 @@ def test_the_processor_chooses_unless_it_is_told(tmp_path, monkeypatch, stored, 
     assert sessions.image_precision(tmp_path, stored, asked) == expected
 
 
+@pytest.mark.parametrize(
+    ("precision", "flags", "wins"),
+    [
+        ("bf16", {"avx512_bf16"}, True),
+        ("int8", {"avx2"}, False),
+        ("int8", {"avx2", "avx512_vnni"}, True),
+        ("int8", {"avx2", "avx_vnni"}, True),
+        ("fp32", {"avx2", "avx512_vnni"}, False),
+    ],
+)
+def test_openvino_computes_where_it_is_faster(tmp_path, monkeypatch, precision, flags, wins):
+    monkeypatch.setattr(sessions, "OpenVinoSession", lambda *_: "OpenVINO")
+    monkeypatch.setattr(sessions, "OnnxRuntimeSession", lambda *_: "ONNX Runtime")
+    monkeypatch.setattr(sessions, "processor_flags", lambda: frozenset(flags))
+    for installed in (True, False):
+        monkeypatch.setattr(sessions, "has_openvino", lambda there=installed: there)
+        expected = "OpenVINO" if installed and wins else "ONNX Runtime"
+        assert sessions.open_image_session(tmp_path, 1, precision) == expected
+
+
 def test_what_cannot_be_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(sessions, "processor_flags", frozenset)
     for asked in ("fp32", "bf16"):
@@ -62,8 +82,9 @@ def test_openvino_gives_nearly_the_same_vectors(monkeypatch):
     pytest.importorskip("openvino")
     images = [read_photo(path).image for path in real_photos() if path.stem in EVERYDAY]
     bundle = Bundle.load(find_bundle("builtin"))
+    monkeypatch.setattr(sessions, "openvino_wins", lambda _: True)
     there = OnnxEncoder(bundle).encode_images(images)
-    monkeypatch.setattr(sessions, "has_openvino", lambda: False)
+    monkeypatch.setattr(sessions, "openvino_wins", lambda _: False)
     here = OnnxEncoder(bundle).encode_images(images)
     assert (here * there).sum(1).min() >= 0.985
     np.testing.assert_allclose(np.linalg.norm(there, axis=1), 1, atol=1e-6)
