@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,6 +33,7 @@ _MODULES = {
     "import": "porting",
     "train": "training",
     "classify": "classifying",
+    "imagine": "imagining",
     "models": "models",
 }
 
@@ -52,7 +54,7 @@ class _Commands(Mapping[str, Any]):
 @functools.cache
 def _command(name: str) -> Any:
     importlib.import_module(f"cli.{_MODULES[name]}")
-    group = {"models": models_app, "classify": classify_app}.get(name)
+    group = {"models": models_app, "classify": classify_app, "imagine": imagine_app}.get(name)
     if group is not None:
         return typer.main.get_command(group)
     single = typer.Typer(add_completion=False)
@@ -65,6 +67,15 @@ def _command(name: str) -> Any:
 class _Group(TyperGroup):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{**settings, "commands": _Commands()})
+
+
+class _DrawGroup(TyperGroup):
+    """A group whose first word may be a sentence: what names no command of it is given to `draw`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["draw", *args]
+        return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
@@ -82,6 +93,13 @@ models_app = typer.Typer(
 classify_app = typer.Typer(
     name="classify",
     help="Say what pictures with text and columns are: fit a fusion, use it.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+imagine_app = typer.Typer(
+    name="imagine",
+    cls=_DrawGroup,
+    help='Make small pictures of sentences, and vectors of vectors: diptych imagine "TEXT" --out x.png.',
     no_args_is_help=True,
     add_completion=False,
 )
@@ -178,6 +196,19 @@ def open_or_create(
         return Library.create(folder, index=index, model=model, texts=texts, images=images, **loading), True
     library.check_source(folder, texts, images)
     return library, False
+
+
+@contextmanager
+def needs_heads(what: str) -> Iterator[None]:
+    """While modules of heads are imported: MissingExtra where what they need is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in {"torch", "sklearn", "imblearn", "scipy", "safetensors"}:
+            raise
+        from retrieval.errors import MissingExtra
+
+        raise MissingExtra(what, "'diptych[heads]'") from error
 
 
 def show_page(page: Path, in_browser: bool) -> None:
