@@ -211,7 +211,7 @@ def _material(
     threads: int | None,
     seed: int,
 ) -> Material:
-    """What to learn from or to measure with: a file, or an index. The split is drawn by the seed where there is none."""
+    """What to learn from or to measure with: a file, or an index. The seed draws a split where there is none."""
     from retrieval.encoders import BUILTIN, lasting_spec
     from retrieval.heads.generation.material import material_of_pairs, material_of_store
 

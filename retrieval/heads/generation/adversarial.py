@@ -3,9 +3,9 @@
 B rows, C numbers of condition (a vector of the shared space), Z of noise. Pictures are (B, 3, S, S) from -1 to 1.
 
 The discriminator is a projection discriminator (Miyato & Koyama 2018, arXiv:1802.05637) with spectral normalisation
-(Miyato et al. 2018, arXiv:1802.05957); the generator takes the condition in every block as scale and shift (Perez et al.
-2018, arXiv:1709.07871). Its normalisation is over channels at each pixel (Karras et al. 2018, arXiv:1710.10196) and not
-over the batch, so that no picture depends on those beside it.
+(Miyato et al. 2018, arXiv:1802.05957). The generator takes the condition in every block as scale and shift (Perez et
+al. 2018, arXiv:1709.07871); its normalisation is over channels at each pixel (Karras et al. 2018, arXiv:1710.10196) and
+not over the batch, so that no picture depends on those beside it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +42,7 @@ class GeneratorNet(nn.Module):
         self.noise = noise
         self.code = nn.Linear(condition, 128)
         self.start = nn.Linear(128 + noise, channels[0] * _START * _START)
-        self.blocks = nn.ModuleList(
-            _Up(before, after, 128 + noise) for before, after in zip(channels, channels[1:], strict=False)
-        )
+        self.blocks = nn.ModuleList(_Up(before, after, 128 + noise) for before, after in pairwise(channels))
         self.out = nn.ConvTranspose2d(channels[-1], 3, 4, stride=2, padding=1)
 
     def forward(self, condition: Tensor, noise: Tensor) -> Tensor:
@@ -122,7 +121,7 @@ def minmax_discriminator(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def minmax_generator(fake: Tensor) -> Tensor:
-    """-E log D(G(z)): has the game's fixed point, and gradients where the discriminator is sure (the same, section 3)."""
+    """-E log D(G(z)): has the game's fixed point, and gradients where the other is sure (the same, section 3)."""
     return F.softplus(-fake).mean()
 
 

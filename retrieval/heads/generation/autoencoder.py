@@ -94,7 +94,7 @@ class AutoencoderNet(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """Of N rows: half the squared error, summed over a vector's numbers and averaged over what the row has; and nats."""
+    """Of N rows: half the squared error, summed over a vector's numbers, averaged over what the row has; and nats."""
 
     reconstruction: NDArray[np.float64]
     kl: NDArray[np.float64]

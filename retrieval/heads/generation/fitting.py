@@ -277,7 +277,7 @@ def picture_scores(
 
     Beside each figure stands that of the real pictures at the same size: what could be had at most.
 
-    - ``frechet``: see :func:`retrieval.heads.generation.scores.frechet_distance`, to real pictures of train at that size
+    - ``frechet``: see :func:`retrieval.heads.generation.scores.frechet_distance`, to real pictures of train, as small
     - ``finds_hit@k``: does a picture find its own sentence among those of all the others?
     - ``distance``: mean 1 - cosine between pictures of different sentences; ``distance_again``: of the same sentence
     - ``coverage``: see :func:`retrieval.heads.generation.scores.coverage`

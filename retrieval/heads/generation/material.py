@@ -84,7 +84,7 @@ def material_of_pairs(
     Raises:
         DataError: it cannot be read, pictures cannot, or they are too few.
     """
-    records = read_pairs(source, images=images, captioned=False)
+    records = read_pairs(source, images=images)
     cache = EmbeddingCache(encoder.fingerprint, encoder.dim) if cached else None
     said = [(row, text) for row, record in enumerate(records) for text in record.texts if text.strip()]
     pictures = [record.image for record in records]
