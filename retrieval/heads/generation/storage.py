@@ -113,7 +113,8 @@ def load(folder: Path, device: str = "cpu") -> Stored:
             raise ModelError(f"{file} has format {fields['format']}, this release reads up to {FORMAT}: upgrade")
         arrays = load_arrays((folder / ARRAYS).read_bytes())
         network_of, generator_of, own = _KINDS[fields["kind"]]
-        network = network_of(**fields["build"])
+        with torch.random.fork_rng(devices=[]):  # its first weights are random, and of no consequence
+            network = network_of(**fields["build"])
         network.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in _part(arrays, "network/")})
         found = generator_of(
             str(fields["fingerprint"]),

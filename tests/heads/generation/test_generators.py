@@ -19,7 +19,7 @@ from retrieval.heads.generation.fitting import KINDS, evaluate, fit, settings_of
 from retrieval.heads.generation.gan import CHECKPOINT, LOG, PictureGenerator, read_checkpoint  # isort: skip
 from retrieval.heads.generation.prior import between, choose_share, hits  # isort: skip
 
-SMALL = {"epochs": 30, "batch": 16, "hidden": 32}
+SMALL = {"epochs": 150, "batch": 16, "hidden": 64, "learning_rate": 3e-3, "weight_decay": 0.0}
 TINY = {
     "gan": {"side": 8, "width": 16, "noise": 4, "steps": 250, "batch": 16, "learning_rate": 2e-3},
     "regression": {**SMALL, "noise": 0.0},
@@ -172,7 +172,9 @@ def test_losses_are_those_of_each_row_by_hand(fitted, material):
     for i, row in enumerate(rows):
         centred = (row - vae.centring.means["image"]) * np.sqrt(DIM)
         with torch.no_grad():
-            mean, log_variance = vae.network.encode(torch.tensor(centred)[None, None], torch.ones(1, 1))
+            mean, log_variance = vae.network.encode(
+                torch.tensor(centred, dtype=torch.float32)[None, None], torch.ones(1, 1)
+            )
             rebuilt = vae.network.decode(mean)[0, 0].numpy()
         assert losses.reconstruction[i] == pytest.approx(((rebuilt - centred) ** 2).sum() / 2, rel=1e-4)
         slow = sum(
