@@ -119,12 +119,12 @@ def vectors(material: Material, odd: dict[str, Vectors], threads: int) -> None:
         f"`python -m benchmarks.generation DATA --only vectors` on {machine()}, "
         f"{threads} thread{'s' if threads > 1 else ''}: Flickr8k, built-in model, vectors from the cache; fitted on "
         "train, chosen on val, measured on test. Reconstruction: half the squared error of a vector in units in which "
-        f"its {test.shape[1]} numbers are about 1; joint kinds see picture and sentence there, and the picture alone in "
-        "the next columns. Rebuilt: mean cosine to the vector, and hit@10 (percent) of sentences among rebuilt "
-        f"pictures. Denoised: cosine before and after, noise of length {NOISE}. Search: hit@10 of sentences without and "
-        "with the prior, by the share chosen on val, and translated wholly. Odd: area under the ROC curve of telling "
-        f"{' / '.join(ODD)} pictures ({ODD_PICTURES} of each at most) from Flickr8k's test pictures (first line: "
-        "distance to the mean)."
+        f"its {test.shape[1]} numbers are about 1; joint kinds see picture and sentence there, and the picture alone "
+        "in the next columns. Rebuilt: mean cosine to the vector, and hit@10 (percent) of sentences among rebuilt "
+        f"pictures. Denoised: cosine before and after, noise of length {NOISE}. Search: hit@10 of sentences without "
+        "and with the prior, by the share chosen on val, and translated wholly. Odd: area under the ROC curve of "
+        f"telling {' / '.join(ODD)} pictures ({ODD_PICTURES} of each at most) from Flickr8k's test pictures (first "
+        "line: distance to the mean)."
     )
     columns = ["", "reconstruction", "KL (nats)", "rebuilt", "hit@10 rebuilt", "denoised", "search", "odd", "CPU s"]
     write_section("Generators: vectors", text, columns, rows)

@@ -23,6 +23,7 @@ from retrieval.heads.generation.drawing import as_pixels, picture_vectors
 from retrieval.heads.generation.gan import (
     CHECKPOINT,
     Game,
+    LOG,
     GANSettings,
     PictureGenerator,
     read_checkpoint,
@@ -67,7 +68,8 @@ KINDS: Mapping[str, Kind] = {
     "denoiser": Kind(AutoencoderSettings(latent=128, noise=1.0), "Vectors without their noise."),
     "vae": Kind(AutoencoderSettings(beta=0.1), "Vectors in fewer numbers, and how odd each is: a beta-VAE."),
     "joint": Kind(
-        AutoencoderSettings(modalities=(IMAGE, TEXT)), "Pictures and sentences joined, either from the other."
+        AutoencoderSettings(modalities=(IMAGE, TEXT), recipe=_JOINT),
+        "Pictures and sentences joined, either from the other.",
     ),
     "joint-vae": Kind(
         AutoencoderSettings(modalities=(IMAGE, TEXT), beta=0.1, recipe=_JOINT), "The same as a beta-VAE."
@@ -107,7 +109,8 @@ def _names(settings: Any) -> set[str]:
 def _like(name: str, old: object, value: object) -> Any:
     """A value of the type that a setting has; DataError."""
     if isinstance(old, tuple):
-        return tuple(value.split(",")) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]
+        value = tuple(value.split(",")) if isinstance(value, str) else value
+        value = tuple(value) if isinstance(value, list) else value
     if isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(old, float) else type(old)):
         raise DataError(f"{name} is like {old!r}, not {value!r}")
     return value
@@ -191,7 +194,12 @@ def _fit_pictures(
         game.restore(*read_checkpoint(out))
     else:
         out.mkdir(parents=True, exist_ok=True)
-    train(game, out, told, progress)
+    try:
+        train(game, out, told, progress)
+    finally:
+        if not (out / CHECKPOINT).exists() and game.step < settings.steps:  # nothing could go on from here
+            (out / LOG).unlink(missing_ok=True)
+            out.rmdir()
     with game.average.applied(game.generator):
         generator = PictureGenerator(
             material.fingerprint, material.encoder, centring, game.generator, game.build, device=device

@@ -158,8 +158,16 @@ class PictureGenerator:
 class Game:
     """The two players, and all else that decides how the game goes on."""
 
-    def __init__(self, settings: GANSettings, pixels: Pixels, images: Vectors, texts: Vectors, owner: NDArray[np.int64],
-                 centring: Centring, device: str = "cpu") -> None:  # fmt: skip
+    def __init__(
+        self,
+        settings: GANSettings,
+        pixels: Pixels,
+        images: Vectors,
+        texts: Vectors,
+        owner: NDArray[np.int64],
+        centring: Centring,
+        device: str = "cpu",
+    ) -> None:
         """Set the players up, with random weights.
 
         Args:
@@ -172,7 +180,7 @@ class Game:
             device: where to play.
         """
         settings.check()
-        self.settings, self.device, self.step = settings, device, 0
+        self.settings, self.device, self.step, self.whole = settings, device, 0, True
         self.real = torch.from_numpy(pixels)
         self.images = torch.from_numpy(centring.apply(images, IMAGE))
         self.texts = torch.from_numpy(centring.apply(texts, TEXT))
@@ -213,7 +221,7 @@ class Game:
     def play(self) -> dict[str, float]:
         """One step of each player, on the same batch: what each lost, and how sure the discriminator was."""
         settings, objective = self.settings, OBJECTIVES[self.settings.objective]
-        self.step += 1
+        self.step, self.whole = self.step + 1, False
         self.generator.train()
         self.discriminator.train()
         real, condition = self.batch()
@@ -239,6 +247,7 @@ class Game:
         layout = layout_loss(made, real, min(_LAYOUT_SIDE, settings.side))
         self._update("generator", fooled + settings.layout * layout)
         self.average.update(self.generator)
+        self.whole = True
         sure = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
         return {
             "discriminator": float(loss.detach()),
@@ -309,26 +318,35 @@ def train(game: Game, folder: Path, about: Mapping[str, Any], progress: Progress
         DataError: the losses are no numbers any more, or the folder cannot be written.
     """
     began = saved = time.monotonic()
-    sums: dict[str, float] = {}
+    lately: list[dict[str, float]] = []
     try:
+        _cut_log(folder / LOG, game.step)
         while game.step < game.settings.steps:
-            for name, value in game.play().items():
-                sums[name] = sums.get(name, 0.0) + value / _LOGGED_EVERY
+            lately.append(game.play())
             if game.step % _LOGGED_EVERY == 0:
-                line = {"step": game.step, **sums, "diversity": game.diversity(), "seconds": time.monotonic() - began}
+                means = {name: sum(one[name] for one in lately) / len(lately) for name in lately[0]}
+                line = {"step": game.step, **means, "diversity": game.diversity(), "seconds": time.monotonic() - began}
                 with (folder / LOG).open("a", encoding="utf-8") as log:
                     log.write(json.dumps({name: round(value, 5) for name, value in line.items()}) + "\n")
-                sums = {}
+                lately = []
             if time.monotonic() - saved > _SAVED_SECONDS:
                 game.save(folder, about)
                 saved = time.monotonic()
             if progress:
                 progress(game.step, game.settings.steps)
     except KeyboardInterrupt:
-        game.save(folder, about)
+        if game.whole:  # else one player has moved and the other has not: the last checkpoint is a minute old
+            game.save(folder, about)
         raise
     except OSError as error:
         raise DataError(f"{folder} cannot be written ({error.strerror}): make room, then go on") from error
+
+
+def _cut_log(file: Path, step: int) -> None:
+    """Leave out what is going to be played again."""
+    if file.is_file():
+        lines = [line for line in file.read_text("utf-8").splitlines() if json.loads(line)["step"] <= step]
+        file.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
 
 def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
