@@ -45,7 +45,10 @@ class Decoder(Protocol):
 class Generator(Protocol):
     """Vectors of one modality -> vectors of another, or pictures."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str:
+        """Of the model whose vectors it takes."""
+        ...
 
     def generate(self, vectors: Vectors, seed: int = 0) -> NDArray[np.float32]:
         """(N, D) unit rows -> (N, D) unit rows, or (N, H, W, 3) pictures from 0 to 1. The same for the same seed."""
@@ -53,14 +56,22 @@ class Generator(Protocol):
 
 
 class Translator(Generator, Protocol):
-    """A generator from ``source`` to ``target``, image and text or the other way round.
+    """A generator from pictures to sentences, or the other way round."""
 
-    ``share`` says how much of what it gives belongs into a query, from 0 to 1.
-    """
+    @property
+    def source(self) -> str:
+        """The modality that it is given: image or text."""
+        ...
 
-    source: str
-    target: str
-    share: float
+    @property
+    def target(self) -> str:
+        """The one that it gives."""
+        ...
+
+    @property
+    def share(self) -> float:
+        """How much of what it gives belongs into a query, from 0 to 1."""
+        ...
 
 
 def filled(modalities: Modalities, translators: Sequence[Translator]) -> dict[str, Rows]:

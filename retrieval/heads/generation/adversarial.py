@@ -98,7 +98,8 @@ class DiscriminatorNet(nn.Module):
 
     def score(self, features: Tensor, condition: Tensor) -> Tensor:
         """Logits that pictures are real and belong to their conditions: psi(h) + <V c, h>, (B,)."""
-        return self.real(features)[:, 0] + (self.project(condition) * features).sum(1)
+        logits: Tensor = self.real(features)[:, 0] + (self.project(condition) * features).sum(1)
+        return logits
 
     def forward(self, pictures: Tensor, condition: Tensor) -> Tensor:
         return self.score(self.features(pictures), condition)
@@ -181,7 +182,8 @@ def augment(pictures: Tensor, random: torch.Generator) -> Tensor:
     corner = (draw[5:7, :, 0, 0, 0] * (side + 1)).floor().long() - half  # of a square of half the side
     inside = [(ahead >= at[:, None]) & (ahead < at[:, None] + 2 * half) for at in corner]  # (B, S) each
     hole = inside[0][:, :, None] & inside[1][:, None]
-    return x * ~hole[:, None]
+    shown: Tensor = x * ~hole[:, None]
+    return shown
 
 
 def parameters(network: nn.Module) -> int:

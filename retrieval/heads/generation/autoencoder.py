@@ -247,8 +247,10 @@ def fit_autoencoder(material: Material, settings: AutoencoderSettings) -> Autoen
             code = mean
             if draw and settings.beta:
                 code = mean + torch.randn_like(mean) * (log_variance / 2).exp()
-            loss = (network.decode(code) - clean).square().sum(2).mean() / 2
-            return loss + settings.beta * kl_divergence(mean, log_variance).mean() if settings.beta else loss
+            loss: Tensor = (network.decode(code) - clean).square().sum(2).mean() / 2
+            if settings.beta:
+                loss = loss + settings.beta * kl_divergence(mean, log_variance).mean()
+            return loss
 
         def step(rows: Tensor) -> Tensor:
             clean = shown[rows]

@@ -22,8 +22,8 @@ from retrieval.heads.generation.autoencoder import Autoencoder, AutoencoderSetti
 from retrieval.heads.generation.drawing import as_pixels, picture_vectors
 from retrieval.heads.generation.gan import (
     CHECKPOINT,
-    Game,
     LOG,
+    Game,
     GANSettings,
     PictureGenerator,
     read_checkpoint,
@@ -94,7 +94,7 @@ def settings_of(kind: str, changes: Mapping[str, Any]) -> Settings:
         raise DataError(f"{kind} has no setting {unknown[0]!r}: {hint}")
     if recipe is not None:
         changed = {name: _like(name, getattr(recipe, name), changes[name]) for name in _RECIPE & changes.keys()}
-        settings = replace(settings, recipe=replace(recipe, **changed))  # type: ignore[call-arg]
+        settings = replace(settings, recipe=replace(recipe, **changed))  # type: ignore[arg-type]
     settings = replace(
         settings, **{name: _like(name, getattr(settings, name), changes[name]) for name in own & changes.keys()}
     )
@@ -158,7 +158,7 @@ def fit(
     translator = between(generator, TEXT, IMAGE)
     if translator is not None:
         share, tried = choose_share(translator, material)
-        generator = replace(generator, share=share)  # type: ignore[type-var]
+        generator = replace(generator, share=share)
         told["shares"] = tried
         if not share:
             note("no share of its vectors makes search better on val: with --prior, search stays as it is")

@@ -163,7 +163,8 @@ def fit_prior(material: Material, settings: PriorSettings) -> Prior:
                 mean, log_variance = network.encode(source, right)
                 code = mean + torch.randn_like(mean) * (log_variance / 2).exp()
                 divergence = kl_divergence(mean, log_variance).mean()
-            return (network(source, code) - right).square().sum(1).mean() / 2 + settings.beta * divergence
+            error: Tensor = (network(source, code) - right).square().sum(1).mean() / 2
+            return error + settings.beta * divergence
 
         def score() -> float:
             source, right = data["val"]

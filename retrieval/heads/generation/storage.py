@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 from indexes.manifest import replacing
 from indexes.vectors import Vectors
 from retrieval.errors import ModelError, UsageError
-from retrieval.heads import Generator, Translator
+from retrieval.heads import Translator
 from retrieval.heads.generation.adversarial import GeneratorNet
 from retrieval.heads.generation.autoencoder import Autoencoder, AutoencoderNet
 from retrieval.heads.generation.gan import PictureGenerator
@@ -30,20 +30,7 @@ FORMAT = 1
 SETTINGS, ARRAYS = "generator.json", "weights.safetensors"
 
 
-class Stored(Generator, Protocol):
-    """What can be kept: a generator that says what it is made of."""
-
-    kind: str
-    encoder: str
-    centring: Centring
-    build: Mapping[str, Any]
-    source: str
-    target: str
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """All that was learnt."""
-        ...
-
+Stored = Autoencoder | Prior | PictureGenerator
 
 # By kind: the network that its build makes, the generator around it, and the fields that only this kind has.
 _KINDS: Mapping[str, tuple[Callable[..., nn.Module], Callable[..., Stored], tuple[str, ...]]] = {
