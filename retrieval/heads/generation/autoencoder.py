@@ -49,7 +49,7 @@ class AutoencoderSettings:
     beta: float = 0.0
     noise: float = 0.0
     drop: float = 0.4
-    recipe: Recipe = field(default_factory=lambda: Recipe(epochs=60, batch=128, learning_rate=1e-3, weight_decay=0.01))
+    recipe: Recipe = field(default_factory=lambda: Recipe(epochs=30, batch=128, learning_rate=1e-3, weight_decay=0.01))
     seed: int = 0
     device: str = "cpu"
 
@@ -293,4 +293,5 @@ def disturbed(rows: Tensor, most: float) -> Tensor:
     if not most:
         return rows
     noise = F.normalize(torch.randn_like(rows), dim=-1)
-    return rows + noise * rows.norm(dim=-1, keepdim=True) * most * torch.rand_like(rows[..., :1])
+    moved: Tensor = rows + noise * rows.norm(dim=-1, keepdim=True) * most * torch.rand_like(rows[..., :1])
+    return moved

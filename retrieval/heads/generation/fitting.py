@@ -58,7 +58,7 @@ class Kind:
     about: str
 
 
-_JOINT = Recipe(epochs=15, batch=256, learning_rate=1e-3, weight_decay=0.01)  # a picture stands once for each sentence
+_JOINT = Recipe(epochs=8, batch=256, learning_rate=1e-3, weight_decay=0.01)  # a picture stands once for each sentence
 
 KINDS: Mapping[str, Kind] = {
     "gan": Kind(GANSettings(), "Small pictures from sentences: a conditional GAN with a projection discriminator."),

@@ -45,11 +45,11 @@ class PriorSettings:
     """
 
     source: str = TEXT
-    hidden: int = 1024
+    hidden: int = 512
     latent: int = 0
     beta: float = 1.0
     noise: float = 0.3
-    recipe: Recipe = field(default_factory=lambda: Recipe(epochs=12, batch=256, learning_rate=5e-4, weight_decay=0.05))
+    recipe: Recipe = field(default_factory=lambda: Recipe(epochs=8, batch=256, learning_rate=1e-3, weight_decay=0.05))
     seed: int = 0
     device: str = "cpu"
 
