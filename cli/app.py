@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,7 @@ _MODULES = {
     "train": "training",
     "classify": "classifying",
     "caption": "captioning",
+    "imagine": "imagining",
     "models": "models",
 }
 
@@ -53,7 +55,8 @@ class _Commands(Mapping[str, Any]):
 @functools.cache
 def _command(name: str) -> Any:
     importlib.import_module(f"cli.{_MODULES[name]}")
-    group = {"models": models_app, "classify": classify_app, "caption": caption_app}.get(name)
+    groups = {"models": models_app, "classify": classify_app, "caption": caption_app, "imagine": imagine_app}
+    group = groups.get(name)
     if group is not None:
         return typer.main.get_command(group)
     single = typer.Typer(add_completion=False)
@@ -68,7 +71,7 @@ class _Group(TyperGroup):
         super().__init__(**{**settings, "commands": _Commands()})
 
 
-class _PhotosFirst(TyperGroup):
+class _FirstByDefault(TyperGroup):
     """`caption beach.jpg` is `caption photos beach.jpg`: what does not begin with a command is for the first one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -97,8 +100,15 @@ classify_app = typer.Typer(
 )
 caption_app = typer.Typer(
     name="caption",
-    cls=_PhotosFirst,
+    cls=_FirstByDefault,
     help="Say what photos show: diptych caption PHOTO…, or one of the commands below.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+imagine_app = typer.Typer(
+    name="imagine",
+    cls=_FirstByDefault,
+    help='Make small pictures of sentences, and vectors of vectors: diptych imagine "TEXT" --out x.png.',
     no_args_is_help=True,
     add_completion=False,
 )
@@ -195,6 +205,19 @@ def open_or_create(
         return Library.create(folder, index=index, model=model, texts=texts, images=images, **loading), True
     library.check_source(folder, texts, images)
     return library, False
+
+
+@contextmanager
+def needs_heads(what: str) -> Iterator[None]:
+    """While modules of heads are imported: MissingExtra where what they need is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in {"torch", "sklearn", "imblearn", "scipy", "safetensors"}:
+            raise
+        from retrieval.errors import MissingExtra
+
+        raise MissingExtra(what, "'diptych[heads]'") from error
 
 
 def show_page(page: Path, in_browser: bool) -> None:

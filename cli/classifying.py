@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import render
-from cli.app import DeviceOption, JsonOption, ModelOption, ThreadsOption, classify_app, show_page
+from cli.app import DeviceOption, JsonOption, ModelOption, ThreadsOption, classify_app, needs_heads, show_page
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -177,6 +177,10 @@ def predict(
     explain: Annotated[
         bool, typer.Option("--explain", help="What each modality contributed to each answer, by leaving it out.")
     ] = False,
+    fill: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="GENERATOR", help="Fill in missing pictures or texts by a generator of `imagine fit`."),
+    ] = None,
     images: ImagesOption = None,
     index: StoredOption = None,
     no_cache: NoCacheOption = False,
@@ -190,6 +194,11 @@ def predict(
     """Say what each row of DATA is, in order."""
     classify, kept = _heads()
     found = kept.FusionClassifier.load(classifier)
+    translators = []
+    if fill:
+        with needs_heads("classify --fill"):
+            from retrieval.heads.generation.storage import translators as load_translators
+        translators = [way for folder in fill for way in load_translators(folder)]
     with render.progress("encoding", "images") as advance:
         answers = classify.predict(
             found,
@@ -199,6 +208,7 @@ def predict(
             index=index,
             cached=not no_cache,
             explain=explain,
+            fill=translators,
             progress=advance,
             note=render.note,
         )
@@ -209,15 +219,9 @@ def predict(
 
 
 def _heads() -> tuple[Any, Any]:
-    """The modules that fit and keep classifiers; MissingExtra where what they need is not installed."""
-    try:
+    """The modules that fit and keep classifiers."""
+    with needs_heads("classify"):
         from retrieval.heads import classify, model
-    except ImportError as error:
-        if (error.name or "").split(".")[0] not in {"torch", "sklearn", "imblearn", "scipy"}:
-            raise
-        from retrieval.errors import MissingExtra
-
-        raise MissingExtra("classify", "'diptych[heads]'") from error
     return classify, model
 
 

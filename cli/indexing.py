@@ -25,6 +25,7 @@ from cli.app import (
     RunPrecision,
     ThreadsOption,
     app,
+    needs_heads,
     open_library,
     open_or_create,
     show_page,
@@ -34,6 +35,7 @@ from indexes.errors import DiptychError, StoreError
 if TYPE_CHECKING:
     from indexes.filters import Condition
     from indexes.store import Wanted
+    from retrieval.heads import Translator
     from retrieval.library import Library, Term
 
 
@@ -193,6 +195,10 @@ def search(
             metavar="CONDITION", help="Only pictures of which this holds: \"width > 1000 and type == 'png'\"."
         ),
     ] = None,
+    prior: Annotated[
+        Path | None,
+        typer.Option(metavar="GENERATOR", help="First lead the sentence nearer to pictures: a prior of `imagine fit`."),
+    ] = None,
     kind: Annotated[
         Kind | None, typer.Option(help="Find pictures or sentences; default: pictures, where there are any.")
     ] = None,
@@ -238,7 +244,9 @@ def search(
     )
     if not no_indexing:
         _catch_up(library)
-    matches = library.search(terms, top, below=below, where=condition, threshold=threshold, kind=kind)
+    matches = library.search(
+        terms, top, below=below, where=condition, threshold=threshold, kind=kind, prior=_prior(prior)
+    )
     if html or open_:
         from retrieval.report import write_results_page
 
@@ -292,6 +300,15 @@ def _terms(query: list[str], like: list[Path], avoid: list[str]) -> list[Term]:
     if not terms:
         raise UsageError('the query is empty: say what the picture shows, as in  diptych search "a dog in the snow"')
     return terms + [Term.parse(text, sign=-1.0) for text in avoid]
+
+
+def _prior(folder: Path | None) -> Translator | None:
+    """What leads from sentences to pictures; torch is loaded where there is one."""
+    if folder is None:
+        return None
+    with needs_heads("search --prior"):
+        from retrieval.heads.generation.storage import translators
+    return translators(folder, "text", "image")[0]
 
 
 def _condition(library: Library, folder: str, among: typer.FileBinaryRead | None, **asked: Any) -> Condition | None:

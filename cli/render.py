@@ -194,6 +194,30 @@ def matches(found: Sequence[Match]) -> None:
         _print_table(table)
 
 
+def scored(found: Sequence[tuple[Path, float]]) -> None:
+    """A table on a terminal; number, tab, path on a pipe (escaped as those of `matches`)."""
+    if not sys.stdout.isatty():
+        for path, value in found:
+            _raw_line(f"{value:.4f}\t{_one_field(str(path))}")
+        return
+    from rich.text import Text
+
+    table = _table("oddness", "path")
+    for path, value in found:
+        table.add_row(f"{value:.1f}", Text(_printable(_from_here(path))))
+    _print_table(table)
+
+
+def measured(result: Mapping[str, Any], prefix: str = "") -> None:
+    """Names and values, one a line, tab between; those of a group below its name."""
+    for name, value in result.items():
+        if isinstance(value, Mapping):
+            measured(value, f"{prefix}{name}: ")
+        else:
+            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+            sys.stdout.write(f"{prefix}{name}\t{_printable(shown)}\n")
+
+
 def few(found: Matches, library: Library, filtered: bool, asked: int) -> None:
     """Why fewer came out than were asked for: a filter that leaves too few, or no pictures at all."""
     total = len(library.store)

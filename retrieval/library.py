@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from indexes.filters import Condition
     from retrieval.duplicates import Duplicates, Grade, Thresholds
+    from retrieval.heads import Translator
     from retrieval.indexing import IndexReport, Progress
     from retrieval.pairs import Picture
 
@@ -367,6 +368,7 @@ class Library:
         where: Condition | str | None = None,
         threshold: float = -1.0,
         kind: str | None = None,
+        prior: Translator | None = None,
     ) -> Matches:
         """The k pictures (or sentences) nearest to a query, best first.
 
@@ -381,8 +383,10 @@ class Library:
                 ``indexes.filters.DERIVED``, or a text as ``indexes.filters.parse`` takes it.
             threshold: only pictures with at least this cosine.
             kind: "image" or "text"; None is pictures, or sentences if the index holds nothing else.
+            prior: from sentences to pictures: its share of each sentence's vector is searched with.
 
         Raises:
+            ModelMismatch: the prior is of another model. UsageError: it is given where sentences are sought.
             FilterError: the filter names a column that is not there, compares different types, or cannot be read.
             VectorError: the vector has another width, or is zero, NaN or infinite.
         """
@@ -390,8 +394,10 @@ class Library:
             raise ValueError(f"kind is image or text, not {kind!r}")
         if not isinstance(query, np.ndarray):
             query = [Term.parse(query)] if isinstance(query, str) else list(query)
+        if prior is not None and self._sought(kind) != prior.target:
+            raise UsageError(f"the prior leads to {prior.target} vectors, and {self._sought(kind)} ones are searched")
         mask = self._mask(below, where, kind)
-        vector = query if isinstance(query, np.ndarray) else self.query_vector(query)
+        vector = query if isinstance(query, np.ndarray) else self.query_vector(query, prior)
         qualified = len(self.store) if mask is None else int(np.count_nonzero(mask))
         if k < 1 or not qualified:
             return Matches(qualified=qualified)
@@ -410,8 +416,7 @@ class Library:
 
     def _mask(self, below: str, where: Condition | str | None, kind: str | None) -> NDArray[np.bool_] | None:
         """Which rows may be found; None: all. Sentences lie in no folder."""
-        counts = self.counts()
-        sought = kind or ("text" if counts["texts"] and not counts["pictures"] else "image")
+        counts, sought = self.counts(), self._sought(kind)
         inside = None
         if below and sought == "image":
             from indexes import filters
@@ -421,6 +426,11 @@ class Library:
         if counts["pictures" if sought == "text" else "texts"]:
             allowed.append(self.store.texts() == (sought == "text"))
         return np.logical_and.reduce(allowed) if allowed else None
+
+    def _sought(self, kind: str | None) -> str:
+        """What is searched: pictures, where there are any, unless something else is asked for."""
+        counts = self.counts()
+        return kind or ("text" if counts["texts"] and not counts["pictures"] else "image")
 
     def _match(self, source: Source, path: str, score: float, fields: Mapping[str, Any]) -> Match:
         own = {name: fields[name] for name in ("width", "height", "taken_at", "id", "kind", "caption")}
@@ -455,13 +465,22 @@ class Library:
 
         return find_duplicates(self, grade, below=below, thresholds=thresholds, progress=progress)
 
-    def query_vector(self, terms: Sequence[Term]) -> Vectors:
-        """(D,) unit vector: the normalised weighted sum of the terms' vectors. UsageError when they cancel out."""
+    def query_vector(self, terms: Sequence[Term], prior: Translator | None = None) -> Vectors:
+        """(D,) unit vector: the normalised weighted sum of the terms' vectors. UsageError when they cancel out.
+
+        With a prior, that of each sentence has its share of what the prior makes of it.
+        """
         if not terms:
             raise UsageError("the query is empty: say what the picture shows")
         total = np.zeros(self.encoder.dim, np.float32)
         texts = [term for term in terms if term.image is None]
-        for term, vector in zip(texts, self.encoder.encode_texts([term.text for term in texts]), strict=True):
+        said = self.encoder.encode_texts([term.text for term in texts])
+        if prior is not None and texts:
+            from retrieval.heads import blended, check_fingerprint
+
+            check_fingerprint("the prior", prior.fingerprint, self.store.model.fingerprint)
+            said = blended(prior, said)
+        for term, vector in zip(texts, said, strict=True):
             total += term.weight * vector
         for term in terms:
             if term.image is not None:

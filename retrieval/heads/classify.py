@@ -13,7 +13,7 @@ import numpy as np
 from retrieval.embedding import EmbeddingCache, KnownVectors, Progress, cache_name
 from retrieval.encoders import Encoder
 from retrieval.errors import DataError, MissingExtra, UsageError
-from retrieval.heads import Modalities
+from retrieval.heads import Modalities, Translator, check_fingerprint, filled
 from retrieval.heads.graph import FittedGraph, unit_rows
 from retrieval.heads.imbalance import check_installed, treated
 from retrieval.heads.modalities import IMAGE, TEXT, Column, Inputs, Note, encode_examples
@@ -177,10 +177,23 @@ def predict(
     index: Path | None = None,
     cached: bool = True,
     explain: bool = False,
+    fill: Sequence[Translator] = (),
     progress: Progress | None = None,
     note: Note | None = None,
 ) -> list[Prediction]:
     """Say what each row of a source is, in order; what it has in the target's column is not looked at.
+
+    Args:
+        model: the classifier.
+        source: whatever :func:`retrieval.pairs.read_examples` reads.
+        encoder_of: loads the encoder; not called by a model of columns alone.
+        images: where the pictures are, if not beside the source.
+        index: whose stored vectors are taken where it has them.
+        cached: read and keep vectors in the one cache.
+        explain: what each modality contributed.
+        fill: make vectors of missing pictures or texts from what a row has.
+        progress: called with (done, in all) of what takes long.
+        note: told of what is left out or odd.
 
     Raises:
         DataError: the source cannot be read, or its columns are of other kinds.
@@ -192,13 +205,16 @@ def predict(
     if model.fingerprint:
         encoder = encoder_of()
         model.check(encoder.fingerprint)
+        for translator in fill:
+            check_fingerprint("the generator", translator.fingerprint, encoder.fingerprint)
     cache = _known_vectors(encoder, index, cached)
     tables = encode_examples(
         examples, model.modalities, model.columns, encoder, cache=cache, progress=progress, note=note
     )
     if note:
         _tell_of_index(cache, note)
-    inputs = model.inputs(tables)
+    has = model.inputs(tables).present
+    inputs = model.inputs(filled(tables, fill))
     outputs = model.fitted.predict(inputs)
     nothing = int((~inputs.present.any(axis=1)).sum())
     if nothing and note:
@@ -211,7 +227,7 @@ def predict(
             example.text,
             model.target.answer(outputs[row]),
             dict(zip(model.target.names, outputs[row].tolist(), strict=True)),
-            tuple(name for name, there in zip(model.modalities, inputs.present[row].tolist(), strict=True) if there),
+            tuple(name for name, there in zip(model.modalities, has[row].tolist(), strict=True) if there),
             None if changes is None else dict(zip(model.modalities, changes[row].tolist(), strict=True)),
             None if looked is None else dict(zip(model.modalities, looked[row].tolist(), strict=True)),
         )

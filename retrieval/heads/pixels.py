@@ -30,27 +30,36 @@ _RECIPE = Recipe(epochs=12, batch=64)
 _FEWEST, _PATIENCE = 200, 4  # steps; scores on val without a better one
 _DROPOUT = 0.3
 _GREY = 127  # where a row has no picture
+_TOLD_EVERY = 64  # pictures
 _PART = 512  # pictures predicted at a time
 
-Pixels = NDArray[np.uint8]  # (N, 48, 48, 3)
+Pixels = NDArray[np.uint8]  # (N, side, side, 3)
 
 
 def read_pixels(examples: Sequence[Example], progress: Progress | None = None) -> Pixels:
     """The pictures squashed to squares; grey where a row has none, or one that cannot be read."""
     out = np.full((len(examples), _SIDE, _SIDE, 3), _GREY, np.uint8)
-    shown = [(row, example.image) for row, example in enumerate(examples) if example.image is not None]
+    shown = [row for row, example in enumerate(examples) if example.image is not None]
+    pixels, readable = read_squares([examples[row].image for row in shown], _SIDE, progress)  # type: ignore[misc]
+    out[np.array(shown, np.int64)[readable]] = pixels[readable]
+    return out
+
+
+def read_squares(
+    pictures: Sequence[Picture], side: int, progress: Progress | None = None
+) -> tuple[Pixels, NDArray[np.bool_]]:
+    """Pictures squashed to (N, side, side, 3), and which of them can be read (N,); the others are black."""
+    out, readable = np.zeros((len(pictures), side, side, 3), np.uint8), np.zeros(len(pictures), np.bool_)
 
     def prepare(_: Picture, data: bytes) -> Pixels:
-        return np.asarray(read_photo(data).image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), np.uint8)
+        return np.asarray(read_photo(data).image.resize((side, side), Image.Resampling.BILINEAR), np.uint8)
 
-    for done, ((row, _), (_, pixels)) in enumerate(
-        zip(shown, try_all(prepare, [picture for _, picture in shown]), strict=True), 1
-    ):
+    for row, (_, pixels) in enumerate(try_all(prepare, pictures)):
         if not isinstance(pixels, ImageError):
-            out[row] = pixels
-        if progress and done % _RECIPE.batch == 0:
-            progress(done, len(shown))
-    return out
+            out[row], readable[row] = pixels, True
+        if progress and (row + 1) % _TOLD_EVERY == 0:
+            progress(row + 1, len(pictures))
+    return out, readable
 
 
 @dataclass(frozen=True)
