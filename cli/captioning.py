@@ -116,8 +116,6 @@ def fit(
     from retrieval.encoders import BUILTIN, lasting_spec, load_encoder
 
     try:
-        import torch
-
         from retrieval.heads.captioning import making, recipe
     except ImportError as error:
         if (error.name or "").split(".")[0] not in {"torch", "safetensors"}:
@@ -127,7 +125,6 @@ def fit(
         raise MissingExtra("caption fit", "'diptych[heads]'") from error
     settings = recipe.load_recipe(config)
     spec = lasting_spec(model or BUILTIN)
-    torch.set_num_threads(threads or thread_count())
     encoder = load_encoder(spec, device="cpu" if device == "cpu" else "auto", threads=threads)
     with render.progress("encoding", "images") as encoding, render.progress("learning", "steps") as advance:
         card = making.fit_decoder(
@@ -138,6 +135,7 @@ def fit(
             out,
             checkpoint=checkpoint,
             device=device,
+            threads=threads or thread_count(),
             cached=not no_cache,
             encoding=encoding,
             progress=advance,

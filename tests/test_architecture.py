@@ -211,7 +211,7 @@ def test_every_command_that_a_module_declares_can_be_called():
         importlib.import_module(f"cli.{module.name}")
     declared = {info.name or info.callback.__name__ for info in app.registered_commands}
     commands = typer.main.get_command(app).commands
-    assert set(commands) == declared | {"classify", "imagine", "models"}
+    assert set(commands) == declared | {"caption", "classify", "imagine", "models"}
     assert [name for name, command in commands.items() if command.name != name] == []
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from retrieval.embedding import EmbeddingCache, Progress, cache_name, encode_pictures, encode_sentences
 from retrieval.encoders import Encoder
@@ -34,6 +35,7 @@ def fit_decoder(
     *,
     checkpoint: Path | None = None,
     device: str = "cpu",
+    threads: int | None = None,
     cached: bool = True,
     encoding: Progress | None = None,
     progress: Progress | None = None,
@@ -49,6 +51,7 @@ def fit_decoder(
         out: the folder to make.
         checkpoint: see :func:`retrieval.heads.captioning.training.learn`.
         device: of the network.
+        threads: of torch; None is as many as it takes.
         cached: whether vectors are kept for the next time.
         encoding: called with (pictures done, pictures in all) of each source.
         progress: called with (steps done, steps in all).
@@ -60,6 +63,8 @@ def fit_decoder(
     """
     if out.exists():
         raise ModelError(f"{out} exists already: choose another --out, or remove it first")
+    if threads:
+        torch.set_num_threads(threads)
     captions = read_captions(recipe, data, encoder, encoding, cached)
     note(f"{len(captions):,} captions behind {len(captions.vectors):,} vectors")
     make = _KINDS[recipe.kind]
