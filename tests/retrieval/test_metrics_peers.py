@@ -11,7 +11,7 @@ from benchmarks import peer_metrics
 from benchmarks.peer_metrics import CASES, EQUAL, GAP, difference, flickr8k, generate, our_classes, ours
 
 RECORD = json.loads(peer_metrics.RECORDED.read_text("utf-8"))
-ANY_PROCESSOR = 1e-3  # between vectors of a picture that two processors computed: a few ranks of thousands move
+ANY_PROCESSOR = 5e-3  # between vectors of a picture that two processors computed in int8: some ranks of thousands move
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from tests.training.drawings import weights  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DAMAGE = {
-    "missing": (lambda file: file.unlink(), "vanished: there is no such file any more"),
+    "missing": (lambda file: file.unlink(), "missing: there is no such file"),
     "empty": (lambda file: file.write_bytes(b""), "empty: zero bytes"),
     "truncated": (lambda file: file.write_bytes(file.read_bytes()[:60]), "truncated: the file ends before the picture"),
     "corrupt": (lambda file: file.write_bytes(file.read_bytes()[:40] + b"\xff" * 99), "damaged or truncated PNG"),
@@ -118,7 +118,7 @@ def test_more_than_half_of_the_pictures_is_an_error(kind, tmp_path, how, count):
     for name in every[:count]:
         DAMAGE[how][0](kind.data / name)
     if how == "missing":  # which counts all splits, before anything is read
-        message = rf"(40|21) of (the 60|40) pictures .*(are missing|cannot be read, the first: .*{every[0]}: vanished)"
+        message = rf"(40|21) of (the 60|40) pictures .*(are missing|cannot be read, the first: .*{every[0]}: missing)"
     else:
         message = rf"pairs.jsonl: {count} of 40 pictures cannot be read, the first: .*{every[0]}: truncated"
     with pytest.raises(DataError, match=message):

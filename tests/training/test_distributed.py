@@ -292,7 +292,7 @@ def test_a_run_of_two_processes_is_that_of_one(run_of_two, recipe, world):
         learnt = ...
         if name.endswith("in_proj_bias"):  # the keys' has no gradient but noise: it adds the same to all of a softmax
             learnt = np.arange(len(expected)) // (len(expected) // 3) != 1
-        torch.testing.assert_close(both[name][learnt], expected[learnt], rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(both[name][learnt], expected[learnt], rtol=0, atol=5e-5, msg=name)
     changes = {
         name: float((both[name] - start[name]).abs().max()) for name in both if name.endswith(("l.proj", "_projection"))
     }

@@ -148,7 +148,7 @@ def test_rows_are_the_pictures_in_any_order(tmp_path):
 
     for held in (True, False):
         rows, unreadable = read_rows(files, prepare, (6, 5), held=held, device=torch.device("cpu"), part=4)
-        assert unreadable == {4: f"{tmp_path / 'none.png'}: vanished: there is no such file any more"}
+        assert unreadable == {4: f"{tmp_path / 'none.png'}: missing: there is no such file"}
         assert len(rows) == 11
         order = random.integers(0, 11, 20)
         np.testing.assert_array_equal(rows[order].numpy(), pixels[order])
