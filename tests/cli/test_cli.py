@@ -241,7 +241,7 @@ class TestMistakes:
         (tmp_path / "notes.txt").write_text("hello")
         line = complaint(diptych("search", "--like", tmp_path / "notes.txt", cwd=indexed))
         assert "notes.txt cannot be searched with: not an image" in line
-        assert "vanished" in complaint(diptych("search", "--like", tmp_path / "no.png", cwd=indexed))
+        assert "no such file" in complaint(diptych("search", "--like", tmp_path / "no.png", cwd=indexed))
 
     def test_unknown_models(self, photos, tmp_path):
         (tmp_path / "model.pt").write_bytes(b"weights")

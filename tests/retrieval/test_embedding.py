@@ -255,7 +255,7 @@ def test_every_picture_is_tried_and_the_first_failure_named(tmp_path, cache):
         assert time.monotonic() - start < 20
     for bad, reason in (
         (tmp_path / "folder.png", "a folder, not a file"),
-        (tmp_path / "gone.png", "vanished: there is no such file any more"),
+        (tmp_path / "gone.png", "missing: there is no such file"),
         (paths[4], "not an image: plain text"),
         (asked[-2], "no permission to read it"),
         (asked[-1], "is not in the archive"),

@@ -379,7 +379,7 @@ def test_files_that_cannot_be_opened(tmp_path):
             read_photo(path)
         return str(raised.value)
 
-    assert reason(tmp_path / "gone.jpg") == "vanished: there is no such file any more"
+    assert reason(tmp_path / "gone.jpg") == "missing: there is no such file"
     assert reason(tmp_path) == "a folder, not a file"
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
     assert "symbolic links" in reason(tmp_path / "loop.jpg")

@@ -156,7 +156,7 @@ def test_rows_are_the_pictures_in_any_order(tmp_path):
         assert [len(part) for part in together] == ([11] if held else [4, 4, 3])
         np.testing.assert_array_equal(torch.cat(together).numpy(), pixels)
     files[0].unlink()
-    with pytest.raises(DataError, match=r"0\.png could be read when the run began, and not any more: vanished"):
+    with pytest.raises(DataError, match=r"0\.png could be read when the run began, and not any more: missing"):
         rows[np.array([3, 0])]
 
 
