@@ -2,8 +2,9 @@
 
 python -m benchmarks.generation DATA [--threads 2] [--gan FOLDER] [--only vectors|pictures]
 
-DATA is the folder of the shared data. Everything but the GAN is fitted here, in minutes; a GAN takes the better part of
-an hour, and one that `diptych imagine fit` made before is measured with --gan. CPU seconds, in this process.
+DATA is the folder of the shared data. Everything but the GAN is fitted here, in minutes; a GAN takes an hour and a half
+of one core, or minutes of a GPU, and one that `diptych imagine fit` made before is measured with --gan. CPU seconds, in
+this process.
 """
 
 from __future__ import annotations
