@@ -49,7 +49,8 @@ def test_generators(kind, tmp_path):
 def test_the_command_with_pixels_and_fine_tuning(tmp_path):
     spec = write_bundle("classic", tmp_path / "towers").path
     file = written(tmp_path, drawn(tmp_path))
+    out = tmp_path / "out"
     options = ("--variants", "early-mlp,gmu,graph", "--bootstrap", "50", "--no-study", "--finetune", "--model", spec)
-    printed = result(diptych("classify", "fit", file, "--out", tmp_path / "out", "--json", "--device", "cuda", *options))
+    printed = result(diptych("classify", "fit", file, "--out", out, "--json", "--device", "cuda", *options))
     assert printed["models"][printed["chosen"]]["accuracy"]["value"] > 0.9
-    assert len(result(diptych("classify", "predict", tmp_path / "out", file, "--json"))) == 60
+    assert len(result(diptych("classify", "predict", out, file, "--json"))) == 60
