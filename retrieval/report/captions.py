@@ -14,6 +14,10 @@ if TYPE_CHECKING:  # what measures needs sacrebleu, what shows does not
 
 _DRAWN, _ENDS = 24, 8  # pictures drawn evenly, and those of the best and of the worst
 _SHOWN = 3  # references beside each
+_LEGEND = (
+    "Pictures in the order of the data. Below what the decoder says stands what people said; beside it its CIDEr-D, "
+    "and the place at which the caption, as a query, finds its own picture among all (self hit@k)."
+)
 _NAMES = {"rouge_l": "ROUGE-L", "cider_d": "CIDEr-D", "different": "different captions", "words": "words a caption"}
 
 
@@ -31,7 +35,7 @@ def captions_page(result: CaptionScores) -> str:
     ends = min(_ENDS, count // 2)
     sections = [
         _head(result),
-        page.section("Drawn evenly", _cards(result, pictures, drawn), "Pictures in the order of the data."),
+        page.section("Drawn evenly", _cards(result, pictures, drawn), _LEGEND),
         page.section("Nearest to what people said", _cards(result, pictures, order[:ends]), "By CIDEr-D."),
         page.section("Farthest from it", _cards(result, pictures, order[::-1][:ends]), "By CIDEr-D."),
     ]
@@ -57,7 +61,7 @@ def _head(result: CaptionScores) -> str:
 def _name(name: str) -> str:
     if name.startswith("bleu_"):
         return f"BLEU-{name.removeprefix('bleu_')}"
-    return _NAMES.get(name, name.replace("self_", "finds its picture, "))
+    return _NAMES.get(name, name.replace("_", " "))
 
 
 def _value(name: str, value: float) -> str:
