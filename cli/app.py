@@ -17,6 +17,9 @@ from cli import render
 from indexes.errors import StoreNotFound
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from retrieval.encoders import Encoder
     from retrieval.library import Library
 
 USER_ERROR, WITH_FAILURES, INTERRUPTED = 1, 3, 130  # 0 is success, 2 is typer's for wrong usage
@@ -124,6 +127,9 @@ ModelOption = Annotated[
         help="builtin, an imported name, a bundle's folder, or open_clip's NAME/PRETRAINED, hf-hub:…, local-dir:….",
     ),
 ]
+SameModelOption = Annotated[
+    str | None, typer.Option("--model", help="The encoder, where it is not where it was: the same one.")
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, several as cuda:0,cuda:1; bundles run on the CPU.")]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads of the model; default: all this process may use.")
@@ -218,6 +224,13 @@ def needs_heads(what: str) -> Iterator[None]:
         from retrieval.errors import MissingExtra
 
         raise MissingExtra(what, "'diptych[heads]'") from error
+
+
+def encoder_loader(spec: str, device: str, threads: int | None) -> Callable[[], Encoder]:
+    """What loads an encoder when it is needed: with vectors from an index or the cache it may never be."""
+    from retrieval.encoders import load_encoder
+
+    return lambda: load_encoder(spec, device=device, threads=threads)
 
 
 def show_page(page: Path, in_browser: bool) -> None:

@@ -17,6 +17,7 @@ from cli.app import (
     ModelOption,
     ThreadsOption,
     caption_app,
+    needs_heads,
     show_page,
 )
 from indexes.runtime import thread_count
@@ -115,14 +116,8 @@ def fit(
     """Make a decoder from captions and the embeddings of their pictures, or from captions alone."""
     from retrieval.encoders import BUILTIN, lasting_spec, load_encoder
 
-    try:
+    with needs_heads("caption fit"):
         from retrieval.heads.captioning import making, recipe
-    except ImportError as error:
-        if (error.name or "").split(".")[0] not in {"torch", "safetensors"}:
-            raise
-        from retrieval.errors import MissingExtra
-
-        raise MissingExtra("caption fit", "'diptych[heads]'") from error
     settings = recipe.load_recipe(config)
     spec = lasting_spec(model or BUILTIN)
     encoder = load_encoder(spec, device="cpu" if device == "cpu" else "auto", threads=threads)

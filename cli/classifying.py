@@ -5,17 +5,22 @@ from __future__ import annotations
 import tempfile
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from cli import render
-from cli.app import DeviceOption, JsonOption, ModelOption, ThreadsOption, classify_app, needs_heads, show_page
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from retrieval.encoders import Encoder
+from cli.app import (
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    SameModelOption,
+    ThreadsOption,
+    classify_app,
+    encoder_loader,
+    needs_heads,
+    show_page,
+)
 
 
 class Imbalance(str, Enum):
@@ -149,7 +154,8 @@ def fit(
         with render.progress("fitting", "steps") as advance:
             result, classifier = classify.fit(
                 data,
-                _loader(spec, "cpu" if device == "cpu" else "auto", threads),  # a bundle runs on the CPU in any case
+                # A bundle runs on the CPU in any case.
+                encoder_loader(spec, "cpu" if device == "cpu" else "auto", threads),
                 spec,
                 settings,
                 images=images,
@@ -184,9 +190,7 @@ def predict(
     images: ImagesOption = None,
     index: StoredOption = None,
     no_cache: NoCacheOption = False,
-    model: Annotated[
-        str | None, typer.Option("--model", help="The encoder, where it is not where it was: the same one.")
-    ] = None,
+    model: SameModelOption = None,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     json: JsonOption = False,
@@ -203,7 +207,7 @@ def predict(
         answers = classify.predict(
             found,
             data,
-            _loader(model or found.encoder, device, threads),
+            encoder_loader(model or found.encoder, device, threads),
             images=images,
             index=index,
             cached=not no_cache,
@@ -223,12 +227,6 @@ def _heads() -> tuple[Any, Any]:
     with needs_heads("classify"):
         from retrieval.heads import classify, model
     return classify, model
-
-
-def _loader(spec: str, device: str, threads: int | None) -> Callable[[], Encoder]:
-    from retrieval.encoders import load_encoder
-
-    return lambda: load_encoder(spec, device=device, threads=threads)
 
 
 def _model_of(index: Path | None) -> str | None:

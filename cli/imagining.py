@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import render
-from cli.app import DeviceOption, JsonOption, ModelOption, ThreadsOption, imagine_app, needs_heads
+from cli.app import (
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    SameModelOption,
+    ThreadsOption,
+    encoder_loader,
+    imagine_app,
+    needs_heads,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from retrieval.encoders import Encoder
     from retrieval.heads.generation.material import Material
     from retrieval.library import Library
 
@@ -46,9 +52,7 @@ def draw(
     count: Annotated[int, typer.Option(min=1, help="Pictures of each sentence, side by side.")] = 1,
     scale: Annotated[int, typer.Option(min=1, max=16, help="Make every pixel so many pixels wide.")] = 1,
     seed: SeedOption = 0,
-    model: Annotated[
-        str | None, typer.Option("--model", help="The encoder, where it is not where it was: the same one.")
-    ] = None,
+    model: SameModelOption = None,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     json: JsonOption = False,
@@ -57,7 +61,7 @@ def draw(
     with needs_heads("imagine"):
         from retrieval.heads.generation import drawing, storage
     found = storage.load(generator, device)
-    drawn = drawing.draw(found, text, _loader(model or found.encoder, "cpu", threads)(), count=count, seed=seed)
+    drawn = drawing.draw(found, text, encoder_loader(model or found.encoder, "cpu", threads)(), count=count, seed=seed)
     drawing.write(drawn, out, scale)
     fields = [
         {"text": one, "cosines": [round(value, 4) for value in cosines]}
@@ -152,9 +156,7 @@ def evaluate(
     seed: SeedOption = 0,
     images: ImagesOption = None,
     no_cache: NoCacheOption = False,
-    model: Annotated[
-        str | None, typer.Option("--model", help="The encoder, where it is not where it was: the same one.")
-    ] = None,
+    model: SameModelOption = None,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     json: JsonOption = False,
@@ -167,7 +169,7 @@ def evaluate(
     found = storage.load(generator, device)
     spec = model or found.encoder
     material = _material(data, index, images, not no_cache, spec, threads, seed)
-    result = fitting.evaluate(found, material, _loader(spec, "cpu", threads), part=split, seed=seed)
+    result = fitting.evaluate(found, material, encoder_loader(spec, "cpu", threads), part=split, seed=seed)
     if samples:
         drawing.write_samples(found, material, split, samples, seed)
         render.note(f"wrote {samples}: a sentence's real picture, then what was made of it")
@@ -221,7 +223,7 @@ def _material(
     with render.progress("encoding", "images") as advance:
         return material_of_pairs(
             data,
-            _loader(name, "cpu", threads)(),
+            encoder_loader(name, "cpu", threads)(),
             name,
             images=images,
             cached=cached,
@@ -229,12 +231,6 @@ def _material(
             progress=advance,
             note=render.note,
         )
-
-
-def _loader(spec: str, device: str, threads: int | None) -> Callable[[], Encoder]:
-    from retrieval.encoders import load_encoder
-
-    return lambda: load_encoder(spec, device=device, threads=threads)
 
 
 def _changes(given: list[str]) -> dict[str, Any]:
