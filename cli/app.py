@@ -152,6 +152,10 @@ PrecisionOption = Annotated[
     RunPrecision,
     typer.Option("--precision", help="What the model multiplies in: auto is the fastest here; int8 bundles stay int8."),
 ]
+ImagesOption = Annotated[Path | None, typer.Option(help="Where the pictures are, if not beside DATA.")]
+NoCacheOption = Annotated[
+    bool, typer.Option("--no-cache", help="Encode everything anew, and keep nothing for the next time.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 LOCK_SECONDS = 2.0  # that a command waits for another one's writing
 

@@ -15,6 +15,7 @@ from cli.app import (
     IndexOption,
     JsonOption,
     ModelOption,
+    NoCacheOption,
     ThreadsOption,
     caption_app,
     needs_heads,
@@ -31,9 +32,6 @@ DecoderOption = Annotated[
 ]
 BeamOption = Annotated[
     int | None, typer.Option("--beam", min=1, help="Captions kept open at a time; 1: greedy. Default: the decoder's.")
-]
-NoCacheOption = Annotated[
-    bool, typer.Option("--no-cache", help="Encode everything anew, and keep nothing for the next time.")
 ]
 
 
@@ -114,13 +112,13 @@ def fit(
     json: JsonOption = False,
 ) -> None:
     """Make a decoder from captions and the embeddings of their pictures, or from captions alone."""
-    from retrieval.encoders import BUILTIN, lasting_spec, load_encoder
+    from retrieval.encoders import BUILTIN, device_beside, lasting_spec, load_encoder
 
     with needs_heads("caption fit"):
         from retrieval.heads.captioning import making, recipe
     settings = recipe.load_recipe(config)
     spec = lasting_spec(model or BUILTIN)
-    encoder = load_encoder(spec, device="cpu" if device == "cpu" else "auto", threads=threads)
+    encoder = load_encoder(spec, device=device_beside(device), threads=threads)
     with render.progress("encoding", "images") as encoding, render.progress("learning", "steps") as advance:
         card = making.fit_decoder(
             settings,

@@ -12,8 +12,10 @@ import typer
 from cli import render
 from cli.app import (
     DeviceOption,
+    ImagesOption,
     JsonOption,
     ModelOption,
+    NoCacheOption,
     SameModelOption,
     ThreadsOption,
     classify_app,
@@ -51,15 +53,11 @@ class TaskKind(str, Enum):
     number = "number"
 
 
-ImagesOption = Annotated[Path | None, typer.Option(help="Where the pictures are, if not beside DATA.")]
 StoredOption = Annotated[
     Path | None,
     typer.Option(
         "--index", help="An index, or its folder: of pictures that it holds, vectors are taken as they are stored."
     ),
-]
-NoCacheOption = Annotated[
-    bool, typer.Option("--no-cache", help="Encode everything anew, and keep nothing for the next time.")
 ]
 
 
@@ -126,7 +124,7 @@ def fit(
 ) -> None:
     """Fit fusions of image, text and columns on train, choose on val, report on test; beside each modality alone."""
     classify, kept = _heads()
-    from retrieval.encoders import BUILTIN, lasting_spec
+    from retrieval.encoders import BUILTIN, device_beside, lasting_spec
     from retrieval.heads.settings import ClassifySettings
     from retrieval.report.classification import classification_page
 
@@ -154,8 +152,7 @@ def fit(
         with render.progress("fitting", "steps") as advance:
             result, classifier = classify.fit(
                 data,
-                # A bundle runs on the CPU in any case.
-                encoder_loader(spec, "cpu" if device == "cpu" else "auto", threads),
+                encoder_loader(spec, device_beside(device), threads),
                 spec,
                 settings,
                 images=images,

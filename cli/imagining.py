@@ -11,6 +11,7 @@ import typer
 from cli import render
 from cli.app import (
     DeviceOption,
+    ImagesOption,
     JsonOption,
     ModelOption,
     SameModelOption,
@@ -33,7 +34,6 @@ DataArgument = Annotated[
 StoreOption = Annotated[
     Path | None, typer.Option("--index", help="Instead of DATA: an index; default: the one of this folder.")
 ]
-ImagesOption = Annotated[Path | None, typer.Option(help="Where the pictures are, if not beside DATA.")]
 NoCacheOption = Annotated[
     bool, typer.Option("--no-cache", help="Encode DATA anew, and keep nothing for the next time.")
 ]
@@ -60,8 +60,10 @@ def draw(
     """Make a small picture of a sentence. A research head: 64 pixels wide, what it has seen, and blurred."""
     with needs_heads("imagine"):
         from retrieval.heads.generation import drawing, storage
+    from retrieval.encoders import load_encoder
+
     found = storage.load(generator, device)
-    drawn = drawing.draw(found, text, encoder_loader(model or found.encoder, "cpu", threads)(), count=count, seed=seed)
+    drawn = drawing.draw(found, text, load_encoder(model or found.encoder, threads=threads), count=count, seed=seed)
     drawing.write(drawn, out, scale)
     fields = [
         {"text": one, "cosines": [round(value, 4) for value in cosines]}
@@ -214,7 +216,7 @@ def _material(
     seed: int,
 ) -> Material:
     """What to learn from or to measure with: a file, or an index. The seed draws a split where there is none."""
-    from retrieval.encoders import BUILTIN, lasting_spec
+    from retrieval.encoders import BUILTIN, lasting_spec, load_encoder
     from retrieval.heads.generation.material import material_of_pairs, material_of_store
 
     if data is None:
@@ -223,7 +225,7 @@ def _material(
     with render.progress("encoding", "images") as advance:
         return material_of_pairs(
             data,
-            encoder_loader(name, "cpu", threads)(),
+            load_encoder(name, threads=threads),
             name,
             images=images,
             cached=cached,

@@ -91,6 +91,11 @@ def load_encoder(
     return loaded
 
 
+def device_beside(device: str) -> str:
+    """Where an encoder runs beside what learns on a device: bundles, which run on the CPU in any case, then fit too."""
+    return "cpu" if device == "cpu" else "auto"
+
+
 def lasting_spec(spec: str) -> str:
     """The spec as it can be written down: a folder's path made absolute, everything else as it is."""
     prefix = "local-dir:" if spec.startswith("local-dir:") else ""

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retrieval.bundle import Bundle
-from retrieval.encoders import lasting_spec, load_encoder
+from retrieval.encoders import device_beside, lasting_spec, load_encoder
 from retrieval.errors import DataError, ModelError, UsageError
 from retrieval.evaluation import classify, dataset_name, evaluate, mean_vectors, prompts_of
 from retrieval.metrics import evaluate_classification, evaluate_retrieval
@@ -120,8 +120,7 @@ def _train(
         towers = _towers(config, start, Path(scratch))
         if distributed.process_count() > 1:
             towers = distributed.SharedTowers(towers)
-        device = "cpu" if config.device == "cpu" else "auto"  # a bundle as a teacher runs on the CPU in any case
-        teacher = load_encoder(config.teacher, device=device) if config.teacher else None
+        teacher = load_encoder(config.teacher, device=device_beside(config.device)) if config.teacher else None
         start.model.eval()  # what is computed of the data now is of the pictures as they are
         data = Data(config, towers, progress, teacher, note)
         if config.word_vectors:  # a part of what is learnt from: the words that it knows, each in its place
